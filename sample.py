@@ -1,0 +1,566 @@
+"""Load a model, format prompts, and sample from it with a KV cache written out by hand.
+
+    python sample.py --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    python sample.py --data tiny --limit 20 --n 4 --temperature 0.6 --out out/samples.jsonl
+
+Read `decode` first: it is the whole loop. `generate` around it forms batches and collects results.
+Everything here works on token ids: a prompt is a list of ids, made once from the model's own chat
+template, and a response is the list of ids that the model sampled. Text is made only to be shown.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging as transformers_logging
+
+DATA = Path(__file__).resolve().parent / "data"
+TINY = DATA / "tiny"  # the embedded model and its questions
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+TOKEN_BUDGET = 32768  # columns x rows of one batch; a 7B keeps 56 KB of bf16 cache a token: 1.9 GB
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong; the message is one line: what, and what to do."""
+
+
+def run(main):
+    """Call a script's main(); an InputError becomes one line on stderr and exit code 2."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what was written so far is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def read_jsonl(path, torn_ok: bool = False) -> list[dict]:
+    """The objects of a JSONL file. A bad line is an InputError that names file and line number.
+
+    torn_ok: a last line without its newline was being written when the run stopped; it is dropped,
+    from the file too, so that new lines can be appended after it.
+    """
+    path, rows, end = Path(path), [], 0
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
+    for number, line in enumerate(data.split(b"\n"), 1):
+        end += len(line) + 1
+        if torn_ok and end > len(data):
+            os.truncate(path, end - 1 - len(line))
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object {{...}}")
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path, rows) -> None:
+    """Write all rows at once: to a temporary name first, so that `path` is never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def load_questions(name, split: str = "train", limit=None, need_answer=False) -> list[dict]:
+    """The questions of "tiny", of a set made by data/prepare.py, or of a JSONL file.
+
+    Every row has "question" (str); "answer" (str, the bare final answer) may be absent unless
+    need_answer: UPFT never reads it. `split` chooses the file where a name has several.
+    """
+    path = Path(name).expanduser()
+    if not path.suffix and not path.exists():
+        path = TINY / f"{split}.jsonl" if name == "tiny" else DATA / f"{name}_{split}.jsonl"
+    if not path.is_file():
+        raise InputError(
+            f"no question file {path}: --data takes tiny, the name of a set that "
+            "`python data/prepare.py NAME` made, or the path of a JSONL file"
+        )
+    rows = read_jsonl(path)[:limit]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("question"), str) or not row["question"].strip():
+            raise InputError(f'{path}, row {number}: no "question"')
+        if need_answer and row.get("answer") is None:
+            raise InputError(f'{path}, row {number}: no "answer", which is needed here')
+        if row.get("answer") is not None:
+            row["answer"] = str(row["answer"])
+    if not rows:
+        raise InputError(f"{path} holds no questions")
+    return rows
+
+
+# ---- model and prompt ------------------------------------------------------------------------
+
+
+def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype, str]:
+    """--dtype auto: bfloat16 wherever the processor is fast at it. Returns dtype and the reason."""
+    if dtype != "auto":
+        return getattr(torch, dtype), "as asked"
+    if parameters < 50e6:
+        return torch.float32, "the model is small"
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "this GPU is fast at it"
+    if device == "cpu" and any(
+        getattr(torch.cpu, f"_is_{unit}_supported", bool)()  # absent in some builds: False
+        for unit in ("amx_tile", "avx512_bf16")
+    ):
+        return torch.bfloat16, "this processor has matrix instructions for it"
+    return torch.float32, f"no fast bfloat16 on this {device}"
+
+
+def load_model(name, device: str = "auto", dtype: str = "auto"):
+    """(model, tokenizer) of "tiny", a local folder or a hub name, ready to sample from."""
+    name = str(TINY) if str(name) == "tiny" else os.path.expanduser(str(name))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        chosen, why = choose_dtype(dtype, device, model.num_parameters())
+        model = model.to(device, chosen)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot load the model {name} on {device}: {reason}") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"{name} has no chat template; UPFT needs an instruction-tuned model")
+    label = "tiny" if name == str(TINY) else name
+    print(
+        f"{label}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
+        f"{str(chosen).removeprefix('torch.')} ({why})",
+        file=sys.stderr,
+    )
+    return model.eval(), tokenizer
+
+
+def is_tiny(model_name) -> bool:
+    """Whether this is the embedded model, which has its own default values."""
+    return str(model_name) == "tiny" or Path(model_name).expanduser().resolve() == TINY
+
+
+def default_instruction(model_name) -> str:
+    """What is added to every question where --instruction is not given: nothing for tiny."""
+    return "" if is_tiny(model_name) else INSTRUCTION
+
+
+def user_turn(question: str, instruction: str = "", suffix: str = "") -> list[dict]:
+    """The chat messages that ask a question; empty parts add nothing."""
+    text = "\n".join(part for part in (question, instruction) if part)
+    return [{"role": "user", "content": " ".join(part for part in (text, suffix) if part)}]
+
+
+def prompt_ids(tokenizer, question: str, instruction: str = "", suffix: str = "") -> list[int]:
+    """Token ids of the model's own chat prompt, up to where the assistant begins to speak.
+
+    The one place where prompts are made: sampling, training and evaluation all come here.
+    The template writes BOS itself where a model has one, so the tokenizer must not add another.
+    """
+    messages = user_turn(question, instruction, suffix)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def end_of_turn(tokenizer) -> int:
+    """The id with which the chat template closes an assistant turn (Llama 3: <|eot_id|>).
+
+    It need not be tokenizer.eos_token nor the first of generation_config.eos_token_id.
+    """
+    mark = "ANSWER"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((i for i in tail if i in special), tokenizer.eos_token_id)
+
+
+def stop_ids(model, tokenizer) -> set[int]:
+    """All ids that end a response: the end of turn, and every EOS that the model declares."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return {i for i in [end_of_turn(tokenizer), tokenizer.eos_token_id, *declared] if i is not None}
+
+
+# ---- the KV cache ----------------------------------------------------------------------------
+
+
+class KVLayer(DynamicLayer):
+    """Keys and values of one layer in buffers (rows, heads, capacity, head_dim) written in place.
+
+    The library's own layer concatenates, which copies the whole cache at every token. Here a token
+    is written into the next free column, and rows that are done are overwritten by live ones.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.length = 0, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append the new columns (rows, heads, T, head_dim); return all keys and values so far."""
+        rows, heads, new, _ = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.rows = rows
+            self.keys = key_states.new_empty(rows, heads, 0, key_states.shape[-1])
+            self.values = value_states.new_empty(rows, heads, 0, value_states.shape[-1])
+        if self.length + new > self.keys.shape[2]:
+            # Room in steps of 64 columns or an eighth: the copy that growing costs is rare.
+            extra = new + max(64, self.length // 8)
+            self.keys, self.values = (self._grown(b, extra) for b in (self.keys, self.values))
+        columns = slice(self.length, self.length + new)
+        self.keys[: self.rows, :, columns] = key_states
+        self.values[: self.rows, :, columns] = value_states
+        self.length += new
+        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+
+    def _grown(self, buffer, extra):
+        rows, heads, _, dim = buffer.shape
+        larger = buffer.new_empty(self.rows, heads, self.length + extra, dim)
+        larger[:, :, : self.length] = buffer[: self.rows, :, : self.length]
+        return larger
+
+    def get_seq_length(self):
+        """Columns in use; the library reads it to build the attention mask."""
+        return self.length
+
+    def spread(self, counts: torch.Tensor) -> None:
+        """Repeat row i counts[i] times: the samples of one prompt continue from one prefill."""
+        self.keys = self.keys.repeat_interleave(counts, dim=0)
+        self.values = self.values.repeat_interleave(counts, dim=0)
+        self.rows = self.keys.shape[0]
+
+    def keep(self, holes: list[int], fillers: list[int], rows: int) -> None:
+        """Copy the rows `fillers` into the rows `holes`, then use only the first `rows` rows."""
+        if holes:
+            self.keys[holes] = self.keys[fillers]
+            self.values[holes] = self.values[fillers]
+        self.rows = rows
+
+
+# ---- sampling --------------------------------------------------------------------------------
+
+
+def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """One token id for each row of logits (B, V): argmax at temperature 0, else inverse CDF.
+
+    uniforms: (B,) float64 in [0, 1). Row b gets the first token whose cumulative probability
+    exceeds uniforms[b]. Sums are float64; the search goes over blocks of the vocabulary first, so
+    that only one block of each row is ever accumulated.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        outside = ordered.double().cumsum(-1) - ordered >= top_p  # the first token always stays
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(outside, 0))
+    rows, size = probabilities.shape
+    width = int(size**0.5) + 1
+    blocks = torch.nn.functional.pad(probabilities, (0, width * width - size))
+    blocks = blocks.view(rows, width, width)
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
+    target = uniforms.to(upto) * upto[:, -1]  # the total is 1 only up to rounding
+    block = (upto <= target[:, None]).sum(-1).clamp(max=width - 1)
+    row = torch.arange(rows, device=logits.device)
+    before = torch.where(block > 0, upto[row, block - 1], 0.0)
+    inside = blocks[row, block].double().cumsum(-1) + before[:, None]  # (B, width)
+    # Rounding may leave the target at or beyond the last sum: stay on the last possible token.
+    last = width - 1 - (blocks[row, block] > 0).flip(-1).int().argmax(-1)
+    return block * width + torch.minimum((inside <= target[:, None]).sum(-1), last)
+
+
+def uniform_stream(seed: int, key: int, sample: int, count: int) -> np.ndarray:
+    """(count,) float64 uniforms that belong to this sequence alone, whatever batch it is in."""
+    philox = np.random.Philox(key=np.array([seed % 2**64, key << 32 | sample], dtype=np.uint64))
+    return np.random.Generator(philox).random(count)
+
+
+def left_pad(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists -> ids (B, T) and mask (B, T), 1 where a token is real.
+
+    [[5, 6, 7], [8]] -> ids [[5, 6, 7], [0, 0, 8]], mask [[1, 1, 1], [0, 0, 1]]. The last column
+    is every row's last token. Padding is known by position, so any id can serve as pad.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.inference_mode()
+def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top_p, eos_ids):
+    """The KV-cache loop: one batch, one token a step. Yields [(sequence, token id), ...] per step.
+
+    prompts: B token lists, counts: how many samples of each, so that sequence s is the s-th of
+    sum(counts) in that order; uniforms: (sum(counts), max_new_tokens) float64. A sequence that
+    has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row.
+    """
+    device = model.device
+    ids, mask = left_pad(prompts)
+    ids, mask = ids.to(device), mask.to(device)
+    cache = Cache(layer_class_to_replicate=KVLayer)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T): 0 at each row's first real token
+    logits = model(
+        ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+    ).logits[:, -1]  # (B, V), of the last column only: no other is needed
+    repeats = torch.tensor(counts, device=device)
+    if max(counts) > 1:
+        logits = logits.repeat_interleave(repeats, 0)
+        for layer in cache.layers:
+            layer.spread(repeats)
+    alive = list(range(sum(counts)))  # the sequence that each row of the batch belongs to
+    length = mask.sum(-1).repeat_interleave(repeats)  # (rows,): the next token's position
+    mask = mask.repeat_interleave(repeats, 0)
+    mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
+    uniforms = torch.as_tensor(uniforms, device=device)
+    for step in range(max_new_tokens):
+        tokens = pick(logits, uniforms[alive, step], temperature, top_p)  # (rows,)
+        values = tokens.tolist()
+        yield list(zip(alive, values))
+        done = [row for row, token in enumerate(values) if token in eos_ids]
+        rows = len(alive) - len(done)
+        if rows == 0 or step + 1 == max_new_tokens:
+            return
+        if done:
+            holes = [row for row in done if row < rows]
+            fillers = sorted(set(range(rows, len(alive))) - set(done))
+            for layer in cache.layers:
+                layer.keep(holes, fillers, rows)
+            for hole, filler in zip(holes, fillers):
+                alive[hole] = alive[filler]
+            for tensor in (mask, length, tokens):
+                tensor[holes] = tensor[fillers]
+            del alive[rows:]
+            mask, length, tokens = mask[:rows], length[:rows], tokens[:rows]
+        logits = model(
+            tokens[:, None],
+            attention_mask=mask[:, : cache.get_seq_length() + 1],
+            position_ids=length[:, None],
+            past_key_values=cache,
+        ).logits[:, -1]
+        length = length + 1
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this error says that a batch was too large for the memory of the device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def take_batch(jobs, prompts, max_new_tokens, budget) -> tuple[list, list]:
+    """Split jobs [(prompt index, [sample numbers])], longest first, into (batch, the rest).
+
+    A batch holds at most `budget` columns x rows, counted with every response at full length. A
+    prompt with more samples than fit is cut into groups, each of which prefills it once.
+    """
+    width = len(prompts[jobs[0][0]]) + max_new_tokens
+    room, batch = max(1, budget // width), []
+    for at, (index, samples) in enumerate(jobs):
+        if len(samples) > room:
+            if batch:
+                return batch, jobs[at:]
+            return [(index, samples[:room])], [(index, samples[room:])] + jobs[1:]
+        batch.append((index, samples))
+        room -= len(samples)
+    return batch, []
+
+
+def generate(
+    model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(), seed=0,
+    keys=None, token_budget=None, on_done=None, progress=None,
+):  # fmt: skip
+    """Sample n responses to each prompt; returns per prompt a list of n lists of new token ids.
+
+    prompts: token-id lists. A response ends with the first of eos_ids that was drawn (it is in
+    the list) or after max_new_tokens. temperature 0 is greedy. Works on any causal language model
+    of the transformers library. InputError if a prompt with its response exceeds the context.
+
+    Sequence (question, sample) draws from its own uniforms, made from (seed, keys[question],
+    sample); keys are the prompts' numbers 0, 1, ... unless given. So in float32 the same seed
+    gives the same samples whatever the batch size. In bfloat16 the rounding of a matrix product
+    depends on the batch's shape, which still changes a few per cent of the tokens.
+
+    Batches are sorted by length and hold at most token_budget tokens; out of memory halves it and
+    the unfinished go again. on_done(prompt index, sample, ids) is called as each sequence ends.
+    progress: a label for a bar, or None.
+    """
+    check_length(model, prompts, max_new_tokens)
+    keys = range(len(prompts)) if keys is None else keys
+    budget = token_budget or TOKEN_BUDGET
+    results = [[None] * n for _ in prompts]
+    jobs = sorted(((i, list(range(n))) for i in range(len(prompts))), key=lambda j: -len(prompts[j[0]]))
+    bar = tqdm(total=len(prompts) * n, desc=progress, disable=None if progress else True, unit="seq")
+    new_tokens, started = 0, time.perf_counter()
+    while jobs:
+        batch, rest = take_batch(jobs, prompts, max_new_tokens, budget)
+        sequences = [(i, j) for i, samples in batch for j in samples]
+        drawn = [[] for _ in sequences]
+        # Greedy needs no uniforms.
+        count = max_new_tokens if temperature > 0 else 0
+        uniforms = np.stack([uniform_stream(seed, keys[i], j, count) for i, j in sequences])
+        uniforms = uniforms if count else np.zeros((len(sequences), max_new_tokens))
+        try:
+            for step in decode(
+                model, [prompts[i] for i, _ in batch], [len(s) for _, s in batch], uniforms,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos_ids=eos_ids,
+            ):  # fmt: skip
+                for s, token in step:
+                    drawn[s].append(token)
+                    if token in eos_ids or len(drawn[s]) == max_new_tokens:
+                        i, j = sequences[s]
+                        results[i][j] = drawn[s]
+                        if on_done:
+                            on_done(i, j, drawn[s])
+                        bar.update()
+                new_tokens += len(step)
+                bar.set_postfix_str(f"{new_tokens / (time.perf_counter() - started):,.0f} tok/s", False)
+        except RuntimeError as error:
+            longest = len(prompts[batch[0][0]]) + max_new_tokens
+            if not out_of_memory(error) or budget <= longest:
+                raise
+            budget = max(longest, min(budget, len(sequences) * longest) // 2)
+            print(f"out of memory: going on with --token-budget {budget}", file=sys.stderr)
+        unfinished = [(i, [j for j in samples if results[i][j] is None]) for i, samples in batch]
+        jobs = [job for job in unfinished if job[1]] + rest
+    bar.close()
+    return results
+
+
+def check_length(model, prompts, max_new_tokens: int) -> None:
+    """InputError where the longest prompt with its response does not fit the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if context and longest + max_new_tokens > context:
+        index = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        raise InputError(
+            f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new ones it exceeds "
+            f"the model's context of {context}: shorten it or lower --max-new-tokens"
+        )
+
+
+# ---- script ----------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser) -> None:
+    """The flags that all scripts share: which model, where, and how it is asked."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", help="tiny, a folder or a hub name")
+    group.add_argument("--instruction", help="text added to every question (default: none for "
+                       f"the embedded model, else '{INSTRUCTION}')")  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                       help="arithmetic; auto is bfloat16 where the processor is fast at it")  # fmt: skip
+    group.add_argument("--token-budget", type=int, default=TOKEN_BUDGET,
+                       help="most tokens in one sampling batch; lower it if memory is short")  # fmt: skip
+
+
+def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
+    """Print one answer as it comes. Half a UTF-8 character waits for its other half."""
+    ids, shown, stops = [], "", stop_ids(model, tokenizer)
+    for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
+        ids += [token] if token not in stops else []
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def sample_file(model, tokenizer, args, instruction: str, options: dict) -> None:
+    """Write n responses to each question of --data, one JSON object a line, in question order."""
+    questions = load_questions(args.data, args.split, args.limit)
+    prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
+    stops = stop_ids(model, tokenizer)
+    results = generate(
+        model, prompts, n=args.n, eos_ids=stops, seed=args.seed, progress="sample",
+        token_budget=args.token_budget, **options,
+    )  # fmt: skip
+    write_jsonl(args.out, (
+        sample_row(tokenizer, question, instruction, "", prompt, ids, "full", stops) | {"sample": j}
+        for question, prompt, samples in zip(questions, prompts, results)
+        for j, ids in enumerate(samples)
+    ))  # fmt: skip
+    print(f"{len(prompts)} questions x {args.n} samples -> {args.out}")
+
+
+def sample_row(tokenizer, question, instruction, suffix, prompt, response, kind, stops) -> dict:
+    """One line of samples.jsonl: ids to train on, and the chat messages that TRL reads.
+
+    A response of kind "prefix" is cut in mid-sentence: its text need not tokenise back to the same
+    ids (a cut may fall inside what a tokenizer would join), so the ids are what counts.
+    """
+    text = tokenizer.decode(response, skip_special_tokens=True)
+    return {
+        "question": question["question"],
+        **({"answer": question["answer"]} if "answer" in question else {}),
+        "prompt": user_turn(question["question"], instruction, suffix),
+        "completion": [{"role": "assistant", "content": text}],
+        "prompt_ids": prompt,
+        "response_ids": response,
+        "kind": kind,
+        "finished": bool(response) and response[-1] in stops,
+    }
+
+
+def main():
+    """Parse the flags; answer one prompt, or write samples for a file of questions."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser.add_argument("--prompt", help="ask this and print the answer as it comes")
+    parser.add_argument("--data", help="tiny, a prepared set or a JSONL file of questions")
+    parser.add_argument("--split", default="train", help="train, dev or test, where --data is a name")
+    parser.add_argument("--limit", type=int, help="only the first questions")
+    parser.add_argument("--n", type=int, default=1, help="samples per question")
+    parser.add_argument("--out", help="where --data writes its samples (JSONL)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0, or 0.6 if n > 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens up to this")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="length limit of a response")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
+        raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
+    if args.n < 1 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
+        raise InputError("--n and --max-new-tokens must be at least 1, --top-p in (0, 1]")
+    if args.data:
+        load_questions(args.data, args.split, args.limit)  # a bad file is told before a model loads
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    temperature = args.temperature if args.temperature is not None else (0.6 if args.n > 1 else 0.0)
+    options = {"temperature": temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+    instruction = args.instruction
+    if instruction is None:
+        instruction = default_instruction(args.model)
+    if args.data:
+        return sample_file(model, tokenizer, args, instruction, options)
+    prompt = prompt_ids(tokenizer, args.prompt, instruction)
+    check_length(model, [prompt], args.max_new_tokens)
+    for j in range(args.n):
+        uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]
+        stream(model, tokenizer, prompt, uniforms, options)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,185 @@
+"""The sampling loop against the library's own generate, and against the distribution it claims."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import sample
+from sample import InputError, generate, left_pad, pick, uniform_stream
+
+SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+             tie_word_embeddings=False)  # tied random weights repeat their input; fmt: skip
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "qwen2": transformers.Qwen2Config(**SMALL),
+    "qwen3": transformers.Qwen3Config(**SMALL, head_dim=16),
+    "gemma": transformers.GemmaConfig(**SMALL, head_dim=16),
+    # A window of 8 is shorter than the prompts, so sliding layers have something to forget.
+    "gemma2": transformers.Gemma2Config(**SMALL, head_dim=16, sliding_window=8),
+    "gemma3": transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8,
+                                            layer_types=["sliding_attention", "full_attention"]),
+    "gpt2": transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}  # fmt: skip
+
+
+def small_model(family="llama", seed=0):
+    """A random model whose greedy output is not one token repeated."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 0.3)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+def ragged_prompts(count=7, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 97, size).tolist() for size in rng.integers(1, 25, count)]
+
+
+def library_greedy(model, prompt, new, eos=None):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                         do_sample=False, eos_token_id=eos, pad_token_id=0)  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_the_library_token_for_token(family):
+    model, prompts = small_model(family), ragged_prompts()
+    ours = generate(model, prompts, max_new_tokens=20)
+    theirs = [[library_greedy(model, p, 20)] for p in prompts]
+    assert ours == theirs
+    assert len({tuple(r[0]) for r in ours}) == len(prompts)  # the outputs do depend on the prompt
+    assert len(set(ours[0][0])) > 3
+
+
+def test_greedy_equals_the_library_with_several_eos_ids():
+    model, prompts = small_model(), ragged_prompts(12)
+    free = [r[0] for r in generate(model, prompts, max_new_tokens=30)]
+    eos = [free[0][4], free[1][9]]  # two ids that really occur, in different rows
+    ours = generate(model, prompts, max_new_tokens=30, eos_ids=set(eos))
+    for prompt, [row] in zip(prompts, ours):
+        assert row == library_greedy(model, prompt, 30, eos)
+    ends = {row[-1] for [row] in ours if len(row) < 30}
+    assert ends == set(eos)  # both were used, and each is kept in its list
+    assert len({len(row) for [row] in ours}) > 2  # rows left the batch at different steps
+
+
+def test_batch_of_many_equals_one_by_one_even_when_rows_leave():
+    model, prompts = small_model("qwen2"), ragged_prompts(15, seed=3)
+    settings = dict(max_new_tokens=25, temperature=1.0, n=3, eos_ids=set(range(0, 97, 9)), seed=5)
+    whole = generate(model, prompts, **settings)
+    single = [generate(model, [p], keys=[i], **settings)[0] for i, p in enumerate(prompts)]
+    small = generate(model, prompts, token_budget=100, **settings)
+    assert whole == single == small
+    assert any(len(s) < 25 for row in whole for s in row)
+
+
+def test_pad_equal_to_eos_does_no_harm(monkeypatch):
+    model, prompts = small_model(), ragged_prompts(9)
+    eos = generate(model, prompts, max_new_tokens=12)[0][0][6]
+    prompts = [p + [eos] + p for p in prompts]  # the EOS also occurs inside prompts
+    expected = generate(model, prompts, max_new_tokens=12, eos_ids={eos})
+    monkeypatch.setattr(sample, "left_pad", lambda rows: left_pad(rows, pad=eos))
+    assert generate(model, prompts, max_new_tokens=12, eos_ids={eos}) == expected
+
+
+def test_seed_key_and_sample_number_make_the_stream():
+    streams = [uniform_stream(*a, 4).tolist() for a in [(0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3)]]
+    assert len({tuple(s) for s in streams}) == 4
+    assert uniform_stream(0, 1, 2, 100)[:4].tolist() == streams[0]  # longer: the same beginning
+    model, prompts = small_model(), ragged_prompts(5)
+    draw = lambda seed: generate(model, prompts, max_new_tokens=8, temperature=1.0, seed=seed)
+    assert draw(1) == draw(1) != draw(2)
+
+
+def chi_square(counts, expected):
+    """Statistic over the cells with at least 5 expected, the rest pooled; and its degrees."""
+    big = expected >= 5
+    cells = np.append(counts[big], counts[~big].sum()), np.append(expected[big], expected[~big].sum())
+    keep = cells[1] > 0
+    return ((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1e-9))[keep].sum(), keep.sum() - 1
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
+def test_sampling_frequencies_match_the_softmax(temperature, top_p):
+    model, prompt, n = small_model(), [3, 1, 4, 1, 5], 4000
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1].double()
+    p = torch.softmax(logits / temperature, -1).numpy()
+    if top_p < 1:
+        order = np.argsort(-p)
+        kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
+        p = np.where(np.isin(np.arange(len(p)), kept), p, 0) / p[kept].sum()
+    settings = dict(max_new_tokens=1, temperature=temperature, top_p=top_p, n=n, seed=2)
+    first = [s[0] for s in generate(model, [prompt], **settings)[0]]
+    statistic, degrees = chi_square(np.bincount(first, minlength=97), n * p)
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # about four standard deviations
+    assert statistic > degrees - 4 * (2 * degrees) ** 0.5  # nor suspiciously even: independent
+    assert first == [s[0] for s in generate(model, [prompt], token_budget=700, **settings)[0]]
+
+
+def test_inverse_cdf_against_float64_and_at_its_edges():
+    torch.manual_seed(0)
+    logits = torch.randn(500, 1003) * 3
+    uniforms = torch.rand(500, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    cdf = torch.softmax(logits, -1).double().cumsum(-1)
+    naive = (cdf / cdf[:, -1:] <= uniforms[:, None]).sum(-1)
+    assert (pick(logits, uniforms, 1.0) == naive).float().mean() > 0.995  # ties in rounding
+    spike = torch.full((1, 10), -1e9)
+    spike[0, 3] = 0.0
+    for u in (0.0, 0.5, 1 - 2**-53):  # no token of probability 0 is ever drawn
+        assert pick(spike, torch.tensor([u], dtype=torch.float64), 1.0).item() == 3
+
+
+def test_samples_of_a_prompt_share_one_prefill():
+    model, prompts = small_model(), ragged_prompts(6)
+    seen = []
+    forward = model.forward
+    model.forward = lambda ids, **kw: (seen.append(ids.numel()), forward(ids, **kw))[1]
+    generate(model, prompts, max_new_tokens=1, temperature=1.0, n=16)
+    width = max(map(len, prompts))
+    assert seen == [6 * width]  # not 16 times that
+
+
+def test_prefix_needs_t_forward_passes_and_one_logit_column():
+    model, seen = small_model(), []
+    forward = model.forward
+    def spy(ids, **kw):
+        out = forward(ids, **kw)
+        seen.append(out.logits.shape[1])
+        return out
+    model.forward = spy
+    generate(model, ragged_prompts(4), max_new_tokens=8)
+    assert seen == [1] * 8  # prefill + 7 steps, each with the logits of one column
+
+
+def test_out_of_memory_halves_the_budget_and_loses_nothing(capsys):
+    model, prompts = small_model(), ragged_prompts(10)
+    expected = generate(model, prompts, max_new_tokens=10)
+    forward, finished = model.forward, []
+    def limited(ids, **kw):
+        if ids.shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(ids, **kw)
+    model.forward = limited
+    done = lambda i, j, ids: finished.append(i)
+    assert generate(model, prompts, max_new_tokens=10, on_done=done) == expected
+    assert sorted(finished) == list(range(10))
+    assert "--token-budget" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(InputError, match="prompt 2 has 120 tokens.*context of 128"):
+        generate(small_model(), [[1], [1] * 120], max_new_tokens=20)
+
+
+def test_left_pad_literal_example():
+    ids, mask = left_pad([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
