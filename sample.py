@@ -277,7 +277,8 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         outside = ordered.double().cumsum(-1) - ordered >= top_p  # the first token always stays
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(outside, 0))
+        kept = ordered.masked_fill(outside, 0)
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, kept)
     rows, size = probabilities.shape
     width = int(size**0.5) + 1
     blocks = torch.nn.functional.pad(probabilities, (0, width * width - size))
@@ -391,7 +392,7 @@ def take_batch(jobs, prompts, max_new_tokens, budget) -> tuple[list, list]:
 def generate(
     model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(), seed=0,
     keys=None, token_budget=None, on_done=None, progress=None,
-):  # fmt: skip
+):
     """Sample n responses to each prompt; returns per prompt a list of n lists of new token ids.
 
     prompts: token-id lists. A response ends with the first of eos_ids that was drawn (it is in
@@ -411,22 +412,22 @@ def generate(
     keys = range(len(prompts)) if keys is None else keys
     budget = token_budget or TOKEN_BUDGET
     results = [[None] * n for _ in prompts]
-    jobs = sorted(((i, list(range(n))) for i in range(len(prompts))), key=lambda j: -len(prompts[j[0]]))
-    bar = tqdm(total=len(prompts) * n, desc=progress, disable=None if progress else True, unit="seq")
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    jobs = [(i, list(range(n))) for i in longest_first]
+    hidden = None if progress else True  # None: shown on a terminal only
+    bar = tqdm(total=len(prompts) * n, desc=progress, disable=hidden, unit="seq")
     new_tokens, started = 0, time.perf_counter()
     while jobs:
         batch, rest = take_batch(jobs, prompts, max_new_tokens, budget)
         sequences = [(i, j) for i, samples in batch for j in samples]
         drawn = [[] for _ in sequences]
-        # Greedy needs no uniforms.
-        count = max_new_tokens if temperature > 0 else 0
-        uniforms = np.stack([uniform_stream(seed, keys[i], j, count) for i, j in sequences])
-        uniforms = uniforms if count else np.zeros((len(sequences), max_new_tokens))
+        streams = [uniform_stream(seed, keys[i], j, max_new_tokens) for i, j in sequences]
         try:
             for step in decode(
-                model, [prompts[i] for i, _ in batch], [len(s) for _, s in batch], uniforms,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos_ids=eos_ids,
-            ):  # fmt: skip
+                model, [prompts[i] for i, _ in batch], [len(samples) for _, samples in batch],
+                np.stack(streams), max_new_tokens=max_new_tokens, temperature=temperature,
+                top_p=top_p, eos_ids=eos_ids,
+            ):
                 for s, token in step:
                     drawn[s].append(token)
                     if token in eos_ids or len(drawn[s]) == max_new_tokens:
@@ -436,7 +437,8 @@ def generate(
                             on_done(i, j, drawn[s])
                         bar.update()
                 new_tokens += len(step)
-                bar.set_postfix_str(f"{new_tokens / (time.perf_counter() - started):,.0f} tok/s", False)
+                rate = new_tokens / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{rate:,.0f} tok/s", False)
         except RuntimeError as error:
             longest = len(prompts[batch[0][0]]) + max_new_tokens
             if not out_of_memory(error) or budget <= longest:
@@ -456,8 +458,8 @@ def check_length(model, prompts, max_new_tokens: int) -> None:
     if context and longest + max_new_tokens > context:
         index = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         raise InputError(
-            f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new ones it exceeds "
-            f"the model's context of {context}: shorten it or lower --max-new-tokens"
+            f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new ones it "
+            f"exceeds the model's context of {context}: shorten it or lower --max-new-tokens"
         )
 
 
@@ -469,12 +471,12 @@ def add_model_arguments(parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="tiny", help="tiny, a folder or a hub name")
     group.add_argument("--instruction", help="text added to every question (default: none for "
-                       f"the embedded model, else '{INSTRUCTION}')")  # fmt: skip
+                       f"the embedded model, else '{INSTRUCTION}')")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="arithmetic; auto is bfloat16 where the processor is fast at it")  # fmt: skip
+                       help="arithmetic; auto is bfloat16 where the processor is fast at it")
     group.add_argument("--token-budget", type=int, default=TOKEN_BUDGET,
-                       help="most tokens in one sampling batch; lower it if memory is short")  # fmt: skip
+                       help="most tokens in one sampling batch; lower it if memory is short")
 
 
 def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
@@ -497,12 +499,12 @@ def sample_file(model, tokenizer, args, instruction: str, options: dict) -> None
     results = generate(
         model, prompts, n=args.n, eos_ids=stops, seed=args.seed, progress="sample",
         token_budget=args.token_budget, **options,
-    )  # fmt: skip
+    )
     write_jsonl(args.out, (
         sample_row(tokenizer, question, instruction, "", prompt, ids, "full", stops) | {"sample": j}
         for question, prompt, samples in zip(questions, prompts, results)
         for j, ids in enumerate(samples)
-    ))  # fmt: skip
+    ))
     print(f"{len(prompts)} questions x {args.n} samples -> {args.out}")
 
 
@@ -525,22 +527,22 @@ def sample_row(tokenizer, question, instruction, suffix, prompt, response, kind,
     }
 
 
-def main():
+def main(argv=None):
     """Parse the flags; answer one prompt, or write samples for a file of questions."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
     parser.add_argument("--data", help="tiny, a prepared set or a JSONL file of questions")
-    parser.add_argument("--split", default="train", help="train, dev or test, where --data is a name")
+    parser.add_argument("--split", default="train", help="of a --data name: train, dev or test")
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--n", type=int, default=1, help="samples per question")
     parser.add_argument("--out", help="where --data writes its samples (JSONL)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0, or 0.6 if n > 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the most likely tokens up to this")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="length limit of a response")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="limit of a response")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
     if args.n < 1 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
@@ -548,8 +550,9 @@ def main():
     if args.data:
         load_questions(args.data, args.split, args.limit)  # a bad file is told before a model loads
     model, tokenizer = load_model(args.model, args.device, args.dtype)
-    temperature = args.temperature if args.temperature is not None else (0.6 if args.n > 1 else 0.0)
-    options = {"temperature": temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+    if args.temperature is None:
+        args.temperature = 0.6 if args.n > 1 else 0.0
+    options = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     instruction = args.instruction
     if instruction is None:
         instruction = default_instruction(args.model)

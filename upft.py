@@ -1,7 +1,7 @@
-"""Unsupervised Prefix Fine-Tuning (arXiv 2503.02875): fine-tune a model on its own first few tokens.
+"""Unsupervised Prefix Fine-Tuning (arXiv 2503.02875): train a model on its own first few tokens.
 
-    python upft.py --prefix 8                                    # the embedded model, about 2 minutes
-    python upft.py --model Qwen/Qwen2.5-Math-7B-Instruct --data prm12k --eval-data math500 --prefix 32
+    python upft.py --prefix 8                           # the embedded model, about 2 minutes
+    python upft.py --model Qwen/Qwen2.5-Math-7B-Instruct --data prm12k --prefix 32
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
 t tokens; `make_examples` joins prompt and response; `train` is the loop; `main` does it all and
@@ -59,17 +59,18 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     filtered = args.method == "rft" or args.label_filter
     n = args.samples if filtered else 1
     stops = sample.stop_ids(model, tokenizer)
+    prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part = folder / "samples.jsonl.part"
     drawn = {(r["index"], r["sample"]): r["ids"] for r in read_part(part)}
     started = time.perf_counter()
     with open(part, "a", encoding="utf-8") as file:
-        for kind, length in (("prefix", args.prefix), ("full", args.max_new_tokens)):
+        for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
             if kind == "prefix" and filtered:
                 continue  # whether an answer is right shows only at its end
             todo = [
                 i for i in range(len(questions))
                 if (filtered or kinds[i] == kind) and any((i, j) not in drawn for j in range(n))
-            ]  # fmt: skip
+            ]
 
             def keep(at, j, ids):
                 drawn[todo[at], j] = ids
@@ -78,11 +79,11 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
 
             sample.generate(
                 model,
-                [sample.prompt_ids(tokenizer, questions[i]["question"], args.instruction) for i in todo],
-                max_new_tokens=length, temperature=args.temperature, n=n, eos_ids=stops,
+                [prompts[i] for i in todo],
+                max_new_tokens=limit, temperature=args.temperature, n=n, eos_ids=stops,
                 seed=args.seed, keys=todo, token_budget=args.token_budget, on_done=keep,
                 progress=f"sample {kind}",
-            )  # fmt: skip
+            )
     seconds = time.perf_counter() - started
     rows, dropped = [], 0
     for i, question in enumerate(questions):
@@ -97,7 +98,7 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
         prompt = sample.prompt_ids(tokenizer, question["question"], args.instruction, suffix)
         rows.append(sample.sample_row(
             tokenizer, question, args.instruction, suffix, prompt, ids, kinds[i], stops
-        ))  # fmt: skip
+        ))
     cost = {"sampled_tokens": sum(map(len, drawn.values())), "sampling_seconds": seconds}
     return rows, cost | {"questions": len(questions), "dropped_questions": dropped}
 
@@ -127,8 +128,13 @@ def make_examples(rows: list[dict], end: int, add_eos: bool) -> list[dict]:
     for row in rows:
         closing = [end] if add_eos and row["kind"] == "prefix" and not row["finished"] else []
         examples.append({"prompt": row["prompt_ids"], "response": row["response_ids"] + closing,
-                         "kind": row["kind"]})  # fmt: skip
+                         "kind": row["kind"]})
     return examples
+
+
+def length(example: dict) -> int:
+    """Tokens that go through the model: the prompt has to be read, too."""
+    return len(example["prompt"]) + len(example["response"])
 
 
 def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndarray]:
@@ -149,7 +155,7 @@ def micro_batches(examples: list[dict], size: int) -> list[list[dict]]:
     pieces = []
     for kind in ("prefix", "full"):
         group = [e for e in examples if e["kind"] == kind]
-        group.sort(key=lambda e: len(e["prompt"]) + len(e["response"]))
+        group.sort(key=length)
         pieces += [group[at : at + size] for at in range(0, len(group), size)]
     return pieces
 
@@ -317,14 +323,14 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}; the weights of the step before "
-                f"are not saved as a model. Lower --lr (now {args.lr}) or use --dtype float32"
+                f"step {step + 1}: loss {loss}, gradient norm {norm}: training diverged. "
+                f"Lower --lr (now {args.lr}) or use --dtype float32"
             )
         # (step + 1): even a run of one step moves the weights.
         optimizer.step(args.lr * min(1, (step + 1) / warmup))
         model.zero_grad()
         losses.append(loss)
-        done_tokens += sum(len(e["prompt"]) + len(e["response"]) for e in batch)
+        done_tokens += sum(map(length, batch))
         bar.set_postfix_str(
             f"loss {loss:.3f}, {done_tokens / (time.perf_counter() - started):,.0f} tok/s", False
         )
@@ -354,13 +360,13 @@ def check_head(model, example: dict) -> None:
     own = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-1], device=model.device))
     ours = response_nll(model, [{"prompt": ids[:-1], "response": ids[-1:]}])[0]
     if abs(own - ours) > 0.05 * abs(own) + 0.02:
-        raise InputError(f"head_nll in upft.py does not fit {type(model).__name__}: {ours} not {own}")
+        raise InputError(f"head_nll in upft.py does not fit {type(model).__name__} ({ours}, {own})")
 
 
 def save_checkpoint(folder: Path, model, optimizer, losses) -> None:
     """Everything that training needs to go on; replaces the one before only when complete."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
-             "random": torch.get_rng_state()}  # fmt: skip
+             "random": torch.get_rng_state()}
     torch.save(state, folder / "checkpoint.pt.tmp")
     os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
 
@@ -390,34 +396,34 @@ def parse_arguments(argv=None):
     g.add_argument("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
     g.add_argument("--limit", type=int, help="only the first questions")
     g.add_argument("--eval-data", help="held-out questions with answers (default: tiny for tiny, "
-                   "the test file of a prepared --data, else no evaluation)")  # fmt: skip
+                   "the test file of a prepared --data, else no evaluation)")
     g.add_argument("--eval-limit", type=int, help="only the first held-out questions")
     g = raw.add_argument_group("what is sampled and trained on")
     g.add_argument("--method", default="upft", choices=["upft", "sft", "rft"],
-                   help="prefixes; full traces; full traces filtered by the label")  # fmt: skip
+                   help="prefixes; full traces; full traces filtered by the label")
     g.add_argument("--prefix", type=int, default=8, help="t, tokens of a prefix")
-    g.add_argument("--structure", type=float, default=0.1, help="share of questions with full traces")
+    g.add_argument("--structure", type=float, default=0.1, help="p, share of full traces")
     g.add_argument("--temperature", type=float, default=0.6, help="of the training samples")
     g.add_argument("--max-new-tokens", type=int,
-                   help="length limit of full traces and answers (default: 160 for tiny, else 512)")  # fmt: skip
-    g.add_argument("--samples", type=int, default=16, help="per question, where labels filter them")
-    g.add_argument("--label-filter", action="store_true", help="UPFT on a sample whose answer is right")
+                   help="limit of full traces and answers (default: 160 for tiny, else 512)")
+    g.add_argument("--samples", type=int, default=16, help="per question, for rft or the filter")
+    g.add_argument("--label-filter", action="store_true", help="UPFT on samples that are right")
     g.add_argument("--template", action=yes_no, default=True,
-                   help="end the user turn of a prefix example with the paper's task template")  # fmt: skip
-    g.add_argument("--eos", action=yes_no, default=False, help="train an end of turn after a prefix")
+                   help="end the user turn of a prefix example with the paper's task template")
+    g.add_argument("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
     g = raw.add_argument_group("training")
     g.add_argument("--lr", type=float, help="learning rate (default: 1e-4 for tiny, else 1e-6)")
     g.add_argument("--epochs", type=int, default=1, help="passes over the examples")
-    g.add_argument("--batch-size", type=int, help="examples per update (default: 16 for tiny, else 64)")
+    g.add_argument("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
     g.add_argument("--micro-batch", type=int, default=16, help="examples in memory at a time")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--weighting", default="example", choices=["example", "token"],
-                   help="what weighs the same in the loss")  # fmt: skip
+                   help="what weighs the same in the loss")
     g = raw.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of samples, structure share and batch order")
+    g.add_argument("--seed", type=int, default=0, help="of samples, full traces, batch order")
     g.add_argument("--out", help="the run's folder (default: a new one under out/)")
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; 0: none")
+    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     args = raw.parse_args(argv)
     for name, value in (TINY_DEFAULTS if sample.is_tiny(args.model) else PAPER_DEFAULTS).items():
@@ -434,17 +440,18 @@ def parse_arguments(argv=None):
 def check_arguments(args) -> None:
     """InputError for a flag that makes no sense, before any work."""
     positive = ("prefix", "epochs", "batch_size", "micro_batch", "max_new_tokens", "samples", "lr",
-                "clip", "token_budget", "limit", "eval_limit")  # fmt: skip
+                "clip", "token_budget", "limit", "eval_limit")
     for name in positive:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not value > 0:
+            raise InputError(f"{flag} must be above 0, not {value}")
     for name in ("structure", "warmup"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, not {getattr(args, name)}")
     if args.temperature < 0 or args.seed < 0 or args.save_every < 0:
         raise InputError("--temperature, --seed and --save-every must not be negative")
     if args.data is None:
-        raise InputError("--data is needed with --model: a prepared set or a JSONL file of questions")
+        raise InputError("--data is needed with --model: a prepared set or a JSONL file")
     if args.label_filter and args.method != "upft":
         raise InputError("--label-filter belongs to --method upft (RFT filters by itself)")
     if args.resume and not args.out:
@@ -469,7 +476,7 @@ def open_folder(args) -> Path:
         return folder
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is in use: give another --out, or --resume to go on with it")
+            raise InputError(f"{folder} is in use: give another --out, or --resume it")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
     except OSError as error:
@@ -497,7 +504,7 @@ def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) 
         (folder / "samples.jsonl.part").unlink()
     rows = read_jsonl(path)
     print(f"sampled {metrics['sampled_tokens']:,} tokens for {metrics['questions']:,} questions in "
-          f"{metrics['sampling_seconds']:.1f} s -> {path}")  # fmt: skip
+          f"{metrics['sampling_seconds']:.1f} s -> {path}")
     return rows
 
 
@@ -513,7 +520,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
         "tuned_tokens": sum(len(e["response"]) for e in examples),
-        "processed_tokens": args.epochs * sum(len(e["prompt"]) + len(e["response"]) for e in examples),
+        "processed_tokens": args.epochs * sum(map(length, examples)),
         "training_seconds": time.perf_counter() - started,
         "train_loss": losses,
     }
@@ -524,7 +531,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"trained {len(losses)} steps on {len(examples):,} examples in "
           f"{metrics['training_seconds']:.1f} s: loss {losses[0]:.3f} -> {losses[-1]:.3f} "
-          f"-> {folder / 'model'}")  # fmt: skip
+          f"-> {folder / 'model'}")
     return model
 
 
@@ -536,7 +543,7 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     rows = evaluate.evaluate(
         model, tokenizer, held_out, out=path, max_new_tokens=args.max_new_tokens,
         instruction=args.instruction, token_budget=args.token_budget, label=f"evaluate {name}",
-    )  # fmt: skip
+    )
     metrics[name] = evaluate.summarize(rows)
     metrics[f"{name}_evaluation_seconds"] = time.perf_counter() - started
     write_json(folder / "metrics.json", metrics)
@@ -549,8 +556,8 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     low, high = 100 * paired["low"], 100 * paired["high"]
     noise = "beyond noise" if low > 0 or high < 0 else "within noise"
     lines = [
-        f"difference {100 * paired['difference']:+.1f} points, 95 % interval [{low:+.1f}, {high:+.1f}], "
-        f"exact McNemar p = {paired['p']:.2g}: {noise}"
+        f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
+        f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}"
     ]
     if tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
         lines.append(
@@ -565,12 +572,13 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
 def table(metrics: dict, paired: dict) -> str:
     """The run in one small table."""
     base, tuned = metrics["base"], metrics["tuned"]
-    percent = lambda name: [f"{100 * m[name]:.1f} %" for m in (base, tuned)]
+    both = (base, tuned)
+    percent = lambda name: [f"{100 * m[name]:.1f} %" for m in both]
     rows = [
         ["", "base", "tuned"],
         ["accuracy", *percent("accuracy")],
-        ["95 % interval", *(f"{100 * m['low']:.1f} .. {100 * m['high']:.1f}" for m in (base, tuned))],
-        ["mean answer tokens", *(f"{m['mean_tokens']:.0f}" for m in (base, tuned))],
+        ["95 % interval", *(f"{100 * m['low']:.1f} .. {100 * m['high']:.1f}" for m in both)],
+        ["mean answer tokens", *(f"{m['mean_tokens']:.0f}" for m in both)],
         ["cut off", *percent("cut_off")],
         ["without an answer", *percent("no_answer")],
     ]
@@ -585,9 +593,9 @@ def table(metrics: dict, paired: dict) -> str:
         verdict(base, tuned, paired),
         f"{metrics['sampled_tokens']:,} sampled tokens, {metrics['tuned_tokens']:,} tuned tokens "
         f"in {metrics['examples']:,} examples ({metrics['full_examples']} full traces, "
-        f"{metrics['full_cut_off']} of them cut off; {metrics['dropped_questions']} questions dropped)",
+        f"{metrics['full_cut_off']} cut off; {metrics['dropped_questions']} questions dropped)",
         "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
-    ])  # fmt: skip
+    ])
 
 
 def main(argv=None):
@@ -600,13 +608,13 @@ def main(argv=None):
     )
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     longest = [sample.prompt_ids(tokenizer, q["question"], args.instruction, SUFFIX)
-               for q in questions + (held_out or [])]  # fmt: skip
+               for q in questions + (held_out or [])]
     sample.check_length(model, longest, args.max_new_tokens)
     folder = open_folder(args)
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if args.resume and record.exists() else {
         name: getattr(args, name) for name in ("method", "prefix", "structure", "seed", "model")
-    }  # fmt: skip
+    }
     rows = get_samples(model, tokenizer, questions, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)

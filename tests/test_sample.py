@@ -22,7 +22,7 @@ FAMILIES = {
     "gemma3": transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8,
                                             layer_types=["sliding_attention", "full_attention"]),
     "gpt2": transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128),
-}  # fmt: skip
+}
 
 
 def small_model(family="llama", seed=0):
@@ -44,7 +44,7 @@ def ragged_prompts(count=7, seed=0):
 def library_greedy(model, prompt, new, eos=None):
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-                         do_sample=False, eos_token_id=eos, pad_token_id=0)  # fmt: skip
+                         do_sample=False, eos_token_id=eos, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 
 

@@ -20,7 +20,7 @@ def some_examples(count=7, seed=0):
         {"prompt": draw(3, 20), "response": draw(20, 40) if i < 2 else draw(1, 9),
          "kind": "full" if i < 2 else "prefix"}
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def reference_loss(model, examples, weighting):
@@ -126,7 +126,7 @@ def test_batches_are_a_function_of_the_whole_run():
 
 def test_an_eos_is_added_once_and_never_to_a_cut_off_trace():
     row = lambda kind, ids: {"prompt_ids": [1], "response_ids": ids, "kind": kind,
-                             "finished": ids[-1] == 9}  # fmt: skip
+                             "finished": ids[-1] == 9}
     rows = [row("prefix", [3, 4]), row("prefix", [3, 9]), row("full", [3, 4]), row("full", [5, 9])]
     responses = lambda eos: [e["response"] for e in make_examples(rows, 9, eos)]
     assert responses(True) == [[3, 4, 9], [3, 9], [3, 4], [5, 9]]
@@ -200,7 +200,7 @@ def test_the_fused_float32_update_equals_adam_written_out():
 def settings(**changes):
     """The arguments that train() reads."""
     defaults = dict(batch_size=4, micro_batch=2, epochs=2, seed=0, warmup=0.03, lr=1e-3, clip=1.0,
-                    weighting="example", save_every=2, resume=False)  # fmt: skip
+                    weighting="example", save_every=2, resume=False)
     return argparse.Namespace(**(defaults | changes))
 
 
