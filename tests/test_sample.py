@@ -59,13 +59,14 @@ def test_greedy_equals_the_library_token_for_token(family):
 
 
 def test_greedy_equals_the_library_with_several_eos_ids():
-    model, prompts = small_model(), ragged_prompts(12)
-    free = [r[0] for r in generate(model, prompts, max_new_tokens=30)]
+    model, prompts, new = small_model(), ragged_prompts(12), 100  # so many that the cache grows
+    free = [r[0] for r in generate(model, prompts, max_new_tokens=new)]
+    assert free[2] == library_greedy(model, prompts[2], new)
     eos = [free[0][4], free[1][9]]  # two ids that really occur, in different rows
-    ours = generate(model, prompts, max_new_tokens=30, eos_ids=set(eos))
+    ours = generate(model, prompts, max_new_tokens=new, eos_ids=set(eos))
     for prompt, [row] in zip(prompts, ours):
-        assert row == library_greedy(model, prompt, 30, eos)
-    ends = {row[-1] for [row] in ours if len(row) < 30}
+        assert row == library_greedy(model, prompt, new, eos)
+    ends = {row[-1] for [row] in ours if len(row) < new}
     assert ends == set(eos)  # both were used, and each is kept in its list
     assert len({len(row) for [row] in ours}) > 2  # rows left the batch at different steps
 
@@ -132,10 +133,11 @@ def test_inverse_cdf_against_float64_and_at_its_edges():
     cdf = torch.softmax(logits, -1).double().cumsum(-1)
     naive = (cdf / cdf[:, -1:] <= uniforms[:, None]).sum(-1)
     assert (pick(logits, uniforms, 1.0) == naive).float().mean() > 0.995  # ties in rounding
-    spike = torch.full((1, 10), -1e9)
-    spike[0, 3] = 0.0
-    for u in (0.0, 0.5, 1 - 2**-53):  # no token of probability 0 is ever drawn
-        assert pick(spike, torch.tensor([u], dtype=torch.float64), 1.0).item() == 3
+    for place in (0, 3, 7, 9):  # no token of probability 0 is ever drawn
+        spike = torch.full((1, 10), -1e9)
+        spike[0, place] = 0.0
+        for u in (0.0, 0.5, 1 - 2**-53):
+            assert pick(spike, torch.tensor([u], dtype=torch.float64), 1.0).item() == place
 
 
 def test_samples_of_a_prompt_share_one_prefill():
