@@ -168,6 +168,14 @@ def default_instruction(model_name) -> str:
     return "" if is_tiny(model_name) else INSTRUCTION
 
 
+def fill_defaults(args) -> None:
+    """Set --instruction and --max-new-tokens, where not given, to what suits the model."""
+    if args.instruction is None:
+        args.instruction = default_instruction(args.model)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 160 if is_tiny(args.model) else 512
+
+
 def user_turn(question: str, instruction: str = "", suffix: str = "") -> list[dict]:
     """The chat messages that ask a question; empty parts add nothing."""
     text = "\n".join(part for part in (question, instruction) if part)
@@ -472,6 +480,8 @@ def add_model_arguments(parser) -> None:
     group.add_argument("--model", default="tiny", help="tiny, a folder or a hub name")
     group.add_argument("--instruction", help="text added to every question (default: none for "
                        f"the embedded model, else '{INSTRUCTION}')")
+    group.add_argument("--max-new-tokens", type=int,
+                       help="limit of a whole response (default: 160 for tiny, else 512)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="arithmetic; auto is bfloat16 where the processor is fast at it")
@@ -491,17 +501,18 @@ def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
     print()
 
 
-def sample_file(model, tokenizer, args, instruction: str, options: dict) -> None:
+def sample_file(model, tokenizer, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
     questions = load_questions(args.data, args.split, args.limit)
-    prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
+    prompts = [prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     stops = stop_ids(model, tokenizer)
     results = generate(
         model, prompts, n=args.n, eos_ids=stops, seed=args.seed, progress="sample",
         token_budget=args.token_budget, **options,
     )
     write_jsonl(args.out, (
-        sample_row(tokenizer, question, instruction, "", prompt, ids, "full", stops) | {"sample": j}
+        sample_row(tokenizer, question, args.instruction, "", prompt, ids, "full", stops)
+        | {"sample": j}
         for question, prompt, samples in zip(questions, prompts, results)
         for j, ids in enumerate(samples)
     ))
@@ -539,12 +550,12 @@ def main(argv=None):
     parser.add_argument("--out", help="where --data writes its samples (JSONL)")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="limit of a response")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
+    fill_defaults(args)
     if args.n < 1 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
         raise InputError("--n and --max-new-tokens must be at least 1, --top-p in (0, 1]")
     if args.data:
@@ -553,12 +564,9 @@ def main(argv=None):
     if args.temperature is None:
         args.temperature = 0.6 if args.n > 1 else 0.0
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    instruction = args.instruction
-    if instruction is None:
-        instruction = default_instruction(args.model)
     if args.data:
-        return sample_file(model, tokenizer, args, instruction, options)
-    prompt = prompt_ids(tokenizer, args.prompt, instruction)
+        return sample_file(model, tokenizer, args, options)
+    prompt = prompt_ids(tokenizer, args.prompt, args.instruction)
     check_length(model, [prompt], args.max_new_tokens)
     for j in range(args.n):
         uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]

@@ -32,8 +32,8 @@ SUFFIX = (
     "This step may serve as a foundation but might not encompass the entire solution."
 )
 # What suits the embedded model, chosen on its development questions; and the paper's Table 3.
-TINY_DEFAULTS = dict(lr=1e-4, batch_size=16, max_new_tokens=160, data="tiny", eval_data="tiny")
-PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, max_new_tokens=512, data=None, eval_data=None)
+TINY_DEFAULTS = dict(lr=1e-4, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
+PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True, data=None, eval_data=None)
 
 
 # ---- 1. sampling -----------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class SplitAdamW:
     follow a decay of 0.999.
     """
 
-    CHUNK = 1 << 24  # elements at a time: the float32 copies live only that long
+    CHUNK = {"cuda": 1 << 24, "cpu": 1 << 18}  # elements at a time: float32 copies stay small
 
     def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8):
         self.parameters, self.betas, self.eps, self.steps = list(parameters), betas, eps, 0
@@ -256,7 +256,7 @@ class SplitAdamW:
     def step(self, lr: float) -> None:
         """One update of all weights from their .grad, with bias correction, without decay."""
         self.steps += 1
-        (beta1, beta2), size = self.betas, self.CHUNK
+        (beta1, beta2), size = self.betas, self.CHUNK.get(self.parameters[0].device.type, 1 << 24)
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
             if p.grad is None:
                 continue
@@ -314,7 +314,8 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     losses = load_checkpoint(folder, model, optimizer) if args.resume else []
     check_head(model, examples[0])
     model.train()
-    enable_checkpointing(model)
+    if args.checkpointing:
+        enable_checkpointing(model)
     bar = tqdm(total=len(plan), initial=len(losses), desc="train", unit="step", disable=None)
     done_tokens, started = 0, time.perf_counter()
     for step in range(len(losses), len(plan)):
@@ -404,8 +405,6 @@ def parse_arguments(argv=None):
     g.add_argument("--prefix", type=int, default=8, help="t, tokens of a prefix")
     g.add_argument("--structure", type=float, default=0.1, help="p, share of full traces")
     g.add_argument("--temperature", type=float, default=0.6, help="of the training samples")
-    g.add_argument("--max-new-tokens", type=int,
-                   help="limit of full traces and answers (default: 160 for tiny, else 512)")
     g.add_argument("--samples", type=int, default=16, help="per question, for rft or the filter")
     g.add_argument("--label-filter", action="store_true", help="UPFT on samples that are right")
     g.add_argument("--template", action=yes_no, default=True,
@@ -416,6 +415,8 @@ def parse_arguments(argv=None):
     g.add_argument("--epochs", type=int, default=1, help="passes over the examples")
     g.add_argument("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
     g.add_argument("--micro-batch", type=int, default=16, help="examples in memory at a time")
+    g.add_argument("--checkpointing", action=yes_no,
+                   help="recompute activations to save memory (default: not for tiny)")
     g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--weighting", default="example", choices=["example", "token"],
@@ -429,8 +430,7 @@ def parse_arguments(argv=None):
     for name, value in (TINY_DEFAULTS if sample.is_tiny(args.model) else PAPER_DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.instruction is None:
-        args.instruction = sample.default_instruction(args.model)
+    sample.fill_defaults(args)
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
     check_arguments(args)
@@ -528,6 +528,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     tokenizer.save_pretrained(folder / "model.tmp")
     write_json(folder / "metrics.json", metrics)
     os.replace(folder / "model.tmp", folder / "model")
+    model.name_or_path = str(folder / "model")  # it no longer is the model it was loaded as
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"trained {len(losses)} steps on {len(examples):,} examples in "
           f"{metrics['training_seconds']:.1f} s: loss {losses[0]:.3f} -> {losses[-1]:.3f} "

@@ -200,7 +200,7 @@ def test_the_fused_float32_update_equals_adam_written_out():
 def settings(**changes):
     """The arguments that train() reads."""
     defaults = dict(batch_size=4, micro_batch=2, epochs=2, seed=0, warmup=0.03, lr=1e-3, clip=1.0,
-                    weighting="example", save_every=2, resume=False)
+                    weighting="example", save_every=2, resume=False, checkpointing=True)
     return argparse.Namespace(**(defaults | changes))
 
 

@@ -1,0 +1,786 @@
+"""Ask a model, extract its answers, decide which are right, and say how sure the score is.
+
+    python evaluate.py --model data/tiny --data tiny --out predictions.jsonl
+    python evaluate.py --model M --data gsm8k --out p.jsonl --n 8 --temperature 0.6
+    python evaluate.py --regrade p.jsonl
+    python evaluate.py --compare base.jsonl tuned.jsonl
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import re
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache
+from math import comb, sqrt
+from pathlib import Path
+
+import numpy as np
+
+import sample
+from sample import InputError
+
+# ------------------------------------------------------------------ 1. extraction
+# From a whole completion to the words that state its final answer.
+
+BOX_OR_BRACE = re.compile(r"(?:boxed|fbox)\s*\{|\\(?!boxed|fbox).|[{}]", re.S)
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{)([^\s$]+)")
+HASHES = re.compile(r"^[ \t]*####[ \t]*(?![A-Za-z]{2}|\d+[.):][ \t]+\S)(\S[^\n]*)", re.M)
+PHRASE = re.compile(
+    r"(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)[^.\n:=]{0,60}?"
+    r"(?:\b(?:is|was|would be|equals)\b|[:=：是为])"
+    r"(?:\s*(?:therefore|thus|simply|just|equal to|given by|option|choice)\b)?[\s:*_,]*",
+    re.I)
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]}$])-)?(?:\\?[$€£]\s?)?(?<![\d.])-?(?:\\[dtc]?frac\s*\{-?\d+\}\s*\{\d+\}"
+    rf"|\d+:\d\d\b|\d+ \d+/\d+|{DIGITS}(?:/\d+)?)"
+    r"(?:\s?\\?%|\s(?:thousand|million|billion|trillion)\b)?")
+FORMULA = re.compile(r"\$\$?((?:\\.|[^$\\])+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+NOTES = re.compile(r"<<[^<>\n]*>>|</?s>|<\|\w*\|>")      # GSM8K's calculator, special tokens
+NOT_ANSWERS = "correct right wrong incorrect not the a as to clear that".split()
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Return the final answer that `text` states, as written, or None if it states none.
+
+    In this order: the last complete \boxed{...} or \fbox{...} (nested braces count); the last
+    "#### x"; the last "the answer is x" or its like; the last number. A box that the length limit
+    left open is not an answer, for "\boxed{12" may have been going to be 120: what stands before
+    it decides. Where the text goes on after an open box only a brace was forgotten, and the
+    box is read up to the end of its formula or line.
+    """
+    text = NOTES.sub("", text.translate(UNICODE))
+    boxed, text = find_boxed(text)
+    hashes = HASHES.findall(text)
+    if boxed or hashes:
+        return boxed or read_statement(hashes[-1]) or hashes[-1].strip()
+    words = None
+    for match in reversed(list(PHRASE.finditer(text))[-20:]):
+        rest = re.sub(r"\*\*|__|`", "", text[match.end():match.end() + 300]).strip()
+        answer = read_statement(rest)
+        if answer:
+            return answer
+        few = re.match(r"\$?([A-Za-z]+)((?: [A-Za-z]+){0,2})\$?\s*(?:[.\n,;!]|$)", rest)
+        if few and few[1].lower() not in NOT_ANSWERS:
+            words = words or few[1] + few[2]            # "The answer is Tuesday."
+    return last_number(text) or words
+
+
+def find_boxed(text: str) -> tuple[str | None, str]:
+    """Return the last complete box's content (or None), and the text up to an unfinished box."""
+    stack, at, content = [], 0, None
+    for token in BOX_OR_BRACE.finditer(text):
+        if token[0] == "}":
+            start = stack.pop() if stack else None
+            if start and text[start:token.start()].strip():
+                at, content = start, text[start:token.start()].strip()
+        elif token[0][0] != "\\":
+            stack.append(token.end() if token[0] != "{" else None)
+    for bare in BARE_BOX.finditer(text, at):
+        content = bare[1].rstrip(".,;")
+    opened = next(filter(None, stack), None)
+    if content or not opened:
+        return content, text
+    line = re.match(r"\s*([^$\n]*[^$\n\s.*}])[.*}\s]*[$\n]", text[opened:])
+    return (line[1], text) if line else (None, text[:opened])
+
+
+def read_statement(rest: str) -> str | None:
+    """Return the answer that opens `rest`, the text after "the answer is"; None if there is none.
+
+    A sentence without words is the answer; one with words ("$18 per day.", "5 apples") holds it
+    as its first choice letter, formula or number.
+    """
+    rest = rest.strip()
+    sentence = re.split(r"\.(?=\s|$)|\n", rest, maxsplit=1)[0].strip()
+    formula, choice = FORMULA.match(rest), re.match(r"\(?([A-J])\)?(?![\w'])(?! [a-z])", sentence)
+    if re.search(r"\w", sentence) and not has_words(sentence):
+        return result(sentence) or None
+    if formula and not has_words(formula[formula.lastindex]):
+        return result(formula[formula.lastindex])
+    if choice:
+        return choice[1]
+    formulas = (m[m.lastindex] for m in FORMULA.finditer(sentence))
+    formula = next((f for f in formulas if "\\" in f and not has_words(f)), None)
+    number = NUMBER.search(sentence, sentence.rfind("=") + 1) or NUMBER.search(sentence)
+    return result(formula or number[0]) if formula or number else None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number, or the formula around it if that is more than a number."""
+    number = None
+    for number in NUMBER.finditer(text):
+        pass
+    if number is None:
+        return None
+    for formula in FORMULA.finditer(text, max(0, number.start() - 200), number.end() + 200):
+        inside = formula[formula.lastindex]
+        around = formula.start() <= number.start() < formula.end()
+        if around and "\\" in inside and not has_words(inside):
+            return result(inside)
+    return result(number[0])
+
+
+def result(formula: str) -> str:
+    """Return a formula without currency and full stop; of "2 + 3 = 5" only the result."""
+    formula = re.sub(r"^(?:[\s*]|\\[(\[])+|(?:[\s.,*$]|\\[)\]])+$|\\?[$€£]", "", formula)
+    has_letters = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", formula))
+    return formula.strip() if has_letters else formula.rpartition("=")[2].strip()
+
+
+def has_words(text: str) -> bool:
+    """Tell whether plain words stand in `text`, other than LaTeX, functions, "and" and "or"."""
+    text = re.sub(r"\\(?:text\w*|mbox|mathrm|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
+    return any(is_word(w) for w in re.findall(r"[A-Za-z]+", text) if w not in ("and", "or"))
+
+
+def is_word(letters: str) -> bool:
+    """Tell a word from a product of variables."""
+    return (len(letters) > 2 or letters in SHORT_WORDS) and letters not in FUNCTIONS
+
+
+# ------------------------------------------------------------------ 2. normalisation
+# One spelling for one meaning: what models write in many ways is written in one.
+
+FUNCTIONS = ("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp"
+             " sqrt pi").split()
+SHORT_WORDS = ("no of in is to by on at an it we sq mm cm dm km kg mg ml mL mi ft yd oz lb hr am"
+               " pm AM PM").split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+MONTHS = ("january february march april may june july august september october november"
+          " december").split()
+POWERS = {"thousand": "03", "million": "06", "billion": "09", "trillion": "12"}
+UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉，（）。％\u00a0\u202f\u2009", (
+    *"--//", "^2", "^3", *(f"_{digit}" for digit in range(10)), *",().%   "))) | {
+    character: f"\\{command} " for character, command in zip("×·⋅√π∞∪∈≤≥≠≈±∅θ½¼¾⅓⅔", (
+        "times cdot cdot sqrt pi infty cup in le ge ne approx pm emptyset theta"
+        " frac12 frac14 frac34 frac13 frac23").split())} | {"—": " - ", "°": r"^\circ ", "ℝ": "R"})
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+    (r"(?<!\\)\\!|\{,\}(?=\d{3})", ""),                             # 10,\!000 and 10{,}000
+    (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\b)|~", " "),
+    (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
+    (r"^\s*(?:\\[(\[]|\*\*)|(?:\\[)\]]|\*\*)\s*$|`|\\?\$|[€£¥]", ""),
+    (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"), (r"\\varnothing", r"\\emptyset"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\neq\b", r"\\ne "), (r"\\colon\b", ":"),
+    (r"\\leq(?:slant|q)?\b|<=", r"\\le "), (r"\\geq(?:slant|q)?\b|>=", r"\\ge "),
+    (r"\\lt\b", "<"), (r"\\gt\b", ">"),
+    (r"\^?\s*(?:\\degree|\\circ|\{\s*\\circ\s*\})(?:\s*[CF]\b)?", ""),
+    (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?<![a-z])(?:st|nd|rd|th)\b\s*"
+     r"\}{0,2}", ""),                                              # 5th, 5^{\text{th}}
+    (r"\\(?:math(?:bf|it|cal|sf|bb)|operatorname|boldsymbol|mathrm(?=\s*\{[ied]\}))\s*"
+     r"\{?([^{}]*)\}?", r"\1"),
+    (r"(?<![A-Za-z\\])(arc(?:sin|cos|tan)|sin|cos|tan|log|ln|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![A-Za-z\\])[Ii]nf(?:ty|inity)?(?![A-Za-z])", r"\\infty "),
+    (r"(?i)\\?%|(?:\\text\{\s*)?\bper\s?cent(?:age)?(?: points?)?\b(?:\s*\})?", "%"),
+    (r"(?i)\ball real numbers\b|\(-\\infty\s*,\s*\+?\s*\\infty\s*\)", "R"),
+    (r"(\d)\s*[eE]([+-]?\d{1,3})(?![\w.])", r"\1\\cdot 10^{\2}"),
+    (r"(?<![\d.^_])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\\frac{\2}{\3})"),     # 11 1/2
+    (r"(?<![\w.^}])(\d+)\s*(\\frac\s*(?:\d\s*\d|\{\s*\d+\s*\}\s*\{\s*\d+\s*\}))", r"(\1+\2)"),
+    (r"(?<=\d) (?=\d{3}(?: \d{3})*(?![\d.]))(?<!\d{4} )", ""))]             # 10 000
+WORD = re.compile(
+    r"\\(?:text(?:normal|bf|it|rm|sf|tt)?|mbox|hbox|mathrm|emph)\s*"
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}|(?<![\\A-Za-z\d{}_'])[A-Za-z][A-Za-z']+\.?|"
+    r"(?<=\d)(?:[A-Za-z]{4,}|[kcm]m|kg|mph|ft|hrs?|[ap]m)\b")
+QUOTED = re.compile(r'[/"]*"([^"]*)"(?:\s*\^\s*(?:\{[^{}]*\}|-?\d))?')
+
+
+@lru_cache(maxsize=10_000)
+def clean(answer: str) -> str:
+    r"""Return `answer` in one spelling, without units, words of explanation and decoration.
+
+    Words go where anything else is left ("5 apples" -> "5"), and stay where nothing is
+    ("\text{Evelyn}" -> "Evelyn"); "and" and "or" become commas, a percent sign stays as "%".
+    """
+    text = answer.translate(UNICODE)
+    if re.fullmatch(r"-?\d+", text):                    # most answers need no more
+        return text
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    text = WORD.sub(quote_word, text)
+    bare = re.sub(r"\\frac\s*\{\s*\}\s*\{\s*\}|_\s*\{\s*\}", " ", QUOTED.sub(" ", text))
+    words = " ".join(text.replace('"', " ").split())
+    number = words.lower() in NUMBER_WORDS and str(NUMBER_WORDS.index(words.lower()))
+    text = bare if re.search(r"[A-Za-z0-9]", bare) else number or words
+    text = re.sub(r"^[\s=:,;]+|(?:[\s=:,;.*/?]|\\cdot|\\times)+$", "", text)
+    return "" if re.fullmatch(r"[\s{}()\[\]]*", text) else text
+
+
+def quote_word(match: re.Match) -> str:
+    r"""Return a word or a \text{...} in quotes; "and" as a comma, "million" as a power of ten."""
+    word = (match[0] if match[1] is None else match[1]).strip()
+    lower = word.lower().strip(".,")
+    if lower in ("and", "or"):
+        return " , "
+    if lower in POWERS:
+        return rf"\cdot 10^{{{POWERS[lower]}}}"          # with two digits, as nobody writes it
+    if match[1] and re.search(r"[\d,(]", word):          # \text{October 30}
+        return WORD.sub(quote_word, f" {word} ")
+    keep = match[1] is None and (lower in MONTHS or not is_word(word.strip(".")))
+    return match[0] if keep else f' "{word}" '
+
+
+# ------------------------------------------------------------------ 3. the value of an expression
+# Two formulas are the same if they agree at random points (Schwartz 1980, Zippel 1979). That needs
+# no algebra, only exact arithmetic: with integers modulo a 70-bit prime nothing is rounded and
+# nothing can grow. Every letter stands for a random number. The prime is 3 modulo 4, and all primes
+# below 127 are squares, so that a^((PRIME + 1) / 4) is the root of a: sqrt(12) = 2 sqrt(3).
+
+PRIME = 809986004571666292751
+MAX_CHARS = 1000            # beyond, only strings are compared: Python's parser may not like it
+FUNCTION = "|".join(FUNCTIONS[:-2])
+ARGUMENT = r"\s*(\{[^{}]*\}|\\[a-z]+|\w)"
+TO_PYTHON = [(re.compile(pattern), new) for pattern, new in (       # innermost braces first
+    (r"(?<=\()\{([^{}]*)\}", r"(\1)"),
+    (r"\\frac" + ARGUMENT + ARGUMENT, r"((\1)/(\2))"),
+    (r"\\sqrt\s*\[\s*(\d+)\s*\]" + ARGUMENT, r" root_\1(\2)"),
+    (r"\\sqrt\s*(?:(\{[^{}]*\}|\\[a-z]+|\d+|[a-z])|(?=\())", r" root_2(\1)"),
+    (r"root_2\(\)\(", "root_2("), (r"_\s*\{\s*(\w+)\s*\}", r"_\1 "),
+    (r"\^\s*\{([^{}]*)\}", r"**(\1)"), (r"\{([^{}]*)\}", r"(\1)"),
+    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\^", "**"))]
+CALL = re.compile(rf"\\({FUNCTION})(_\w+)?\s*(?:\*\*\(?(-?\w)\)?)?\s*"
+                  rf"((?:\w|\\(?!{FUNCTION})[a-z]+|\*\*(?:\w|\(-?\w+\)))+|(?=\())")
+TOKEN = re.compile(r"\d+_\w+|\d+\.?\d*|\.\d+|\\?[A-Za-z]+(?:_\w+)?|\*\*|\S")
+
+
+@lru_cache(maxsize=10_000)
+def expression(text: str) -> tuple:
+    """Return the values of a LaTeX or plain expression at two points; ValueError if it is none.
+
+    Equal expressions have equal values; others differ, but for a chance of some 2^-70.
+    """
+    changes = 1
+    while changes:
+        for pattern, new in TO_PYTHON:
+            text, changes = pattern.subn(new, text)
+            if changes:
+                break
+    text = CALL.sub(lambda m: f" call_{m[1]}{m[2] or ''}_{(m[3] or '').replace('-', 'm')}"
+                              + (f"({m[4]})" if m[4] else ""), text)
+    tree = ast.parse(to_python(TOKEN.findall(text)), mode="eval").body
+    return "value", *(value_at(tree, point) for point in (0, 1))
+
+
+def to_python(tokens: list[str]) -> str:
+    """Join tokens to a Python expression, with its products written out: 2x -> 2*v_x."""
+    source, after_value = "", False
+    for token in tokens:
+        number = token[0].isdigit() or token[0] == "." and len(token) > 1
+        value = number or token[0].isalpha() or token[0] in "(\\"
+        if after_value and value:
+            if number:
+                raise ValueError("two numbers side by side")
+            source += "*"
+        call = token.startswith(("root_", "call_"))
+        after_value = value and token != "(" and not call or token == ")"
+        if number and "_" not in token:
+            token = f"({Fraction(token)})"
+        elif after_value and token != ")":
+            name = token.lstrip("\\")
+            product = token[0].islower() and len(name) == 2          # xy is x times y
+            token = "*".join(f"v_{c}" for c in name) if product else f"v_{name}"
+        source += token
+    return source
+
+
+def value_at(node: ast.AST, point: int) -> int:
+    """Return the value modulo PRIME of a syntax tree at a random point; nothing is executed."""
+    match node:
+        case ast.Constant(value=int(n)):
+            return n % PRIME
+        case ast.Name(id=name):
+            return random_number(name if len(name) < 5 else name.lower(), point)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=inside):
+            return value_at(inside, point) * (-1 if isinstance(op, ast.USub) else 1) % PRIME
+        case ast.Call(func=ast.Name(id=name), args=[inside]):
+            inside = value_at(inside, point)
+            if name.startswith("root_"):
+                return power(inside, Fraction(1, int(name[5:])), point)
+            return random_number((name, inside), point)             # sin of equals is equal
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            base, exponent = value_at(left, point), rational(right)
+            if exponent is None:
+                return random_number((base, value_at(right, point)), point)
+            return power(base, exponent, point)
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = value_at(left, point), value_at(right, point)
+            if isinstance(op, ast.Div):
+                b = pow(b, -1, PRIME)
+            if isinstance(op, ast.Mult | ast.Div):
+                return a * b % PRIME
+            if isinstance(op, ast.Add | ast.Sub):
+                return (a - b if isinstance(op, ast.Sub) else a + b) % PRIME
+    raise ValueError("not an expression")
+
+
+def random_number(name, point: int) -> int:
+    """Return the number that stands for a letter, pi or sin(...) at this point."""
+    digest = hashlib.sha256(repr((name, point)).encode()).digest()
+    return int.from_bytes(digest, "big") % PRIME
+
+
+def rational(node: ast.AST) -> Fraction | None:
+    """Return the rational number that an exponent is, None if it is something else."""
+    match node:
+        case ast.Constant(value=int(n)):
+            return Fraction(n)
+        case ast.UnaryOp(op=ast.USub(), operand=inside):
+            return None if rational(inside) is None else -rational(inside)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            a, b = rational(left), rational(right)
+            return a / b if a is not None and b else None
+
+
+def power(base: int, exponent: Fraction, point: int) -> int:
+    """Return base to a rational power modulo PRIME, with i as the root of what has none."""
+    degree = exponent.denominator
+    while degree % 2 == 0:
+        imaginary = pow(base, (PRIME - 1) // 2, PRIME) == PRIME - 1
+        base = pow(-base if imaginary else base, (PRIME + 1) // 4, PRIME)
+        base = base * (random_number("v_i", point) if imaginary else 1)
+        degree //= 2
+    return pow(base, exponent.numerator * pow(degree, -1, PRIME - 1), PRIME)
+
+
+# ------------------------------------------------------------------ 4. comparing answers
+
+RELATION = r"=|<|>|\\(?:le|ge|ne|in|to|equiv)(?![a-zA-Z])"
+FLIPPED = {">": "<", r"\ge": r"\le"}
+MATRIX = re.compile(r"[(\[]?\s*\\begin\{([bp]?matrix|array)\}(?:\{[^}]*\})?((?:(?!\\begin).)*)"
+                    r"\\end\{\1\}\s*[)\]]?", re.S)
+THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3}(?:,\d{3})+)(?![\d,]\d)")
+LOOSER = [(re.compile(pattern, re.S), new) for pattern, new in (   # further readings of an answer
+    (r"(-?[\dA-F]+)_\{?\w+\}?", r"\1"),                  # 2516_8 where the base goes without saying
+    (r"(\d+):00", r"\1"),                                # three o'clock
+    (r"(.*)\\cdot 10\^\{(?:0\d|12)\}", r"\1"),           # 4 million, of a question in millions
+    (r"(.*)\\approx.*", r"\1"), (r".*\\approx(.*)", r"\1"),
+    (r"\(?([A-J])(?:\)[.:]?|[.:])\s*\S.*", r"\1"),       # a choice with its text: "(C) 12"
+    (r"([^()\[\]{}]*,.*)", r"(\1)"),                     # a list in the order of the tuple
+    (r"(.*)%", r"(\1)/100"))]
+
+
+def is_correct(prediction: str | None, gold: str) -> bool:
+    """Tell whether an extracted answer equals the gold answer, as written or as a number.
+
+    No tolerance: decimals are rationals, and 0.33 is not 1/3. Tuples and intervals are ordered,
+    with their brackets; sets and lists are not ordered. What one side leaves open may be filled in
+    by the other ("5" for "x = 5", "2516" for "2516_8", "1, 2" for "(1, 2)"), but two sides that
+    both say it have to agree. A percent sign on one side only is read as a unit or as 1/100: both
+    "10" and "0.1" are right where "10%" is, since a question for a percentage is answered with
+    "10" by every second model and the field's graders strip the sign. None and "" are never right.
+    """
+    if prediction is None:
+        return False
+    if max(len(prediction), len(gold)) > MAX_CHARS:
+        return squeeze(prediction) == squeeze(gold) != ""
+    prediction, gold = clean(prediction), clean(gold)
+    if "%" in prediction and "%" in gold:
+        prediction, gold = prediction.replace("%", ""), gold.replace("%", "")
+    if not prediction or not gold or prediction == gold:
+        return prediction == gold != ""
+    strict_p, strict_g = readings(prediction, False), readings(gold, False)
+    return bool(strict_p & strict_g or strict_p & readings(gold, True)
+                or readings(prediction, True) & strict_g)
+
+
+def readings(text: str, loose: bool) -> set:
+    """Return the canonical forms of a cleaned answer, read as it is or with good will."""
+    forms = {text.replace("%", "")}
+    if text[0] not in "([":
+        forms |= {THOUSANDS.sub(lambda m: m[0].replace(",", ""), form) for form in forms}
+    if loose:
+        forms = {form for form in forms if re.search(RELATION, form)} | {
+            pattern.sub(new, text) for pattern, new in LOOSER if pattern.fullmatch(text)}
+    return {canonical(form, loose) for form in forms if form.strip()}
+
+
+def canonical(text: str, loose: bool) -> tuple:
+    r"""Return a nested tuple that two answers share if they mean the same.
+
+    `loose` drops what names the answer ("x =", "x \in") and reads x > 3 as (3, \infty).
+    """
+    text = text.strip()
+    for separator in (r"[,;]", r"\\cup(?![a-zA-Z])", ":", RELATION):
+        parts = split_top(text, separator)
+        if len(parts) > 1:
+            items = [canonical(part, loose) for part in parts[::2] if part.strip()]
+            return relation(parts[::2], items, parts[1::2], loose) if separator == RELATION else (
+                "ratio", *items) if separator == ":" else unordered(items)
+    inside = enclosed(text)
+    if inside is not None and (text[0] == "\\" or len(split_top(inside, ",")) > 1):
+        if text[0] in "\\{":                             # a set is a list
+            return canonical(inside if inside.strip() else r"\emptyset", loose)
+        items = [canonical(item, loose) for item in split_top(inside, ",")[::2]]
+        return text[0], text[-1], *items
+    if r"\pm" in text:
+        return unordered([canonical(text.replace(r"\pm", sign), loose) for sign in "+-"])
+    matrix = MATRIX.fullmatch(text)
+    if matrix:
+        return "matrix", *(tuple(canonical(cell, loose) for cell in row.split("&"))
+                           for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip())
+    try:
+        return expression(text)
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return "text", squeeze(text)
+
+
+def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool) -> tuple:
+    """Return the canonical form of an equation, an inequality or a membership."""
+    names = [is_name(part) for part in parts]
+    if set(signs) <= {"=", r"\in"} and (loose and names[0] or len(set(sides)) == 1):
+        return sides[-1]
+    if signs[0] in FLIPPED:
+        sides, names, signs = sides[::-1], names[::-1], [FLIPPED.get(s, s) for s in signs[::-1]]
+    if loose and set(signs) <= {"<", r"\le"} and any(names):
+        left = ("(", canonical(r"-\infty", False)) if names[0] else (
+            "(" if signs[0] == "<" else "[", sides[0])
+        right = (")", canonical(r"\infty", False)) if names[-1] else (
+            ")" if signs[-1] == "<" else "]", sides[-1])
+        return left[0], right[0], left[1], right[1]
+    if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
+        # An equation may be multiplied by a number; the ratio of what left minus right is at two
+        # points does not change. (An inequality could turn around: it is compared as it is.)
+        one, two = (a - b for a, b in zip(sides[0][1:], sides[1][1:]))
+        if signs == ["="] and two % PRIME:
+            return "=", one * pow(two, -1, PRIME) % PRIME
+    return *signs, *sides
+
+
+def unordered(items: list[tuple]) -> tuple:
+    """Return items as a list or a union of intervals without order; one alone as it is."""
+    flat = [one for item in items for one in (
+        item[1:] if item[0] in ("list", "union") else [item])]
+    kind = "union" if all(one[0] in ("(", "[") for one in flat) else "list"
+    return (kind, *sorted(flat, key=repr)) if len(flat) != 1 else flat[0]
+
+
+def is_name(text: str) -> bool:
+    r"""Tell whether `text` only names a quantity: x, f(x), x_1, (x, y), m\angle ABC."""
+    text = re.sub(r"_\s*(?:\w|\{[^{}]*\})|\^\s*\{-1\}", "", text)
+    return not re.search(r"[-+*/^<>=\d]|\\(?:infty|frac|sqrt|pi)(?![a-zA-Z])", text)
+
+
+def split_top(text: str, separator: str) -> list[str]:
+    """Split at the separators outside of all brackets: [part, separator, part, ...]."""
+    depth, start, parts = 0, 0, []
+    for token in re.finditer(rf"[(\[{{]|[)\]}}]|\\begin|\\end|({separator})", text):
+        if token[1] and depth == 0:
+            parts += text[start:token.start()], token[1]
+            start = token.end()
+        elif not token[1]:
+            depth += 1 if token[0] in ("(", "[", "{", r"\begin") else -1
+    return [*parts, text[start:]]
+
+
+def enclosed(text: str) -> str | None:
+    r"""Return what stands inside if the first bracket of `text` closes at its end, else None."""
+    ends = re.fullmatch(r"(\\?[{(\[])(.*?)(\\?[})\]])", text, re.S)
+    if not ends or (ends[1][-1] == "{") != (ends[3][-1] == "}"):
+        return None
+    depth = 0
+    for character in ends[2]:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return None
+    return ends[2]
+
+
+def squeeze(text: str) -> str:
+    """Return text without spaces, braces and case, for what is no expression."""
+    text = re.sub(r"[\s{}]", "", text)
+    return text.lower() if len(text) > 1 else text
+
+
+# ------------------------------------------------------------------ 5. statistics
+# A row of predictions is one question with what the model made of it: {"question", "answer",
+# ["level", "subject",] "text", "prediction", "correct", "tokens", "finished"}; with several
+# completions the last five stand in each of a list "completions".
+
+Z = 1.959964                # 95 % of a normal distribution lies within so many deviations
+
+
+def completions_of(row: dict) -> list[dict]:
+    """Return the completions of a row, be it one or several."""
+    return row.get("completions") or [row]
+
+
+def question_means(rows: list[dict]) -> np.ndarray:
+    """Return the share of right completions of each question, (questions,) float."""
+    return np.array([np.mean([c["correct"] for c in completions_of(row)]) for row in rows])
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Return accuracy with its 95 % interval, and what explains it, of one set of predictions.
+
+    n questions, `correct` right completions. The interval is Wilson's for one completion per
+    question, else a bootstrap over questions (completions of one question are not independent).
+    mean_tokens per completion; cut_off and no_answer are shares. With k > 1 completions also
+    "mean@k", "maj@k" (majority vote) and the unbiased "pass@1", "pass@2", "pass@4", ... "pass@k".
+    """
+    completions = [completion for row in rows for completion in completions_of(row)]
+    k, means = len(completions) // len(rows), question_means(rows)
+    low, high = wilson(means.sum(), len(rows)) if k == 1 else bootstrap(means)
+    summary = {
+        "n": len(rows), "correct": sum(c["correct"] for c in completions),
+        "accuracy": float(means.mean()), "low": low, "high": high,
+        "mean_tokens": sum(c["tokens"] for c in completions) / len(completions),
+        "cut_off": sum(not c["finished"] for c in completions) / len(completions),
+        "no_answer": sum(c["prediction"] is None for c in completions) / len(completions)}
+    if k > 1:
+        votes = [majority_is_correct(completions_of(row)) for row in rows]
+        summary |= {f"mean@{k}": summary["accuracy"], f"maj@{k}": sum(votes) / len(rows)}
+        for tries in [2**i for i in range(10) if 2**i < k] + [k]:
+            summary[f"pass@{tries}"] = float(np.mean(
+                [pass_at(tries, k, round(mean * k)) for mean in means]))
+    return summary
+
+
+def wilson(correct: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval for a share (1927): sound for small n and near 0 and 1."""
+    share, spread = correct / n, Z * Z / n
+    half = Z * sqrt(share * (1 - share) / n + spread / (4 * n))
+    low, high = ((share + spread / 2 + side) / (1 + spread) for side in (-half, half))
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of per-question values, resampled."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def pass_at(k: int, n: int, correct: int) -> float:
+    """Return the chance that k of n completions hold a right one (Chen et al. 2021, eq. 1)."""
+    return 1 - comb(n - correct, k) / comb(n, k)
+
+
+def majority_is_correct(completions: list[dict]) -> bool:
+    """Tell whether the most frequent answer is right. Of several, the one that came first wins.
+
+    Answers that is_correct calls equal vote together; completions without an answer do not vote.
+    """
+    votes = []                                          # [[completion, its equals ...], ...]
+    for completion in completions:
+        answer = completion["prediction"]
+        same = next((v for v in votes if is_correct(answer, v[0]["prediction"])), None)
+        if same:
+            same.append(completion)
+        elif answer is not None:
+            votes.append([completion])
+    return bool(votes) and max(votes, key=len)[0]["correct"]
+
+
+def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
+    """Return what changed from a to b on the same questions: b's accuracy minus a's, paired.
+
+    `won` and `lost` are the numbers (from 1) of the questions on which b is better or worse, p the
+    exact two-sided McNemar test on their counts. The 95 % interval of the difference is Newcombe's
+    for one completion per question, otherwise a bootstrap over questions.
+    """
+    if [(r["question"], r["answer"]) for r in rows_a] != [
+            (r["question"], r["answer"]) for r in rows_b]:
+        raise InputError("the two files do not hold the same questions in the same order")
+    a, b = question_means(rows_a), question_means(rows_b)
+    won, lost = (np.flatnonzero(gain > 0) + 1 for gain in (b - a, a - b))
+    one_each = not any("completions" in row for row in rows_a + rows_b)
+    low, high = newcombe(a, b) if one_each else bootstrap(b - a)
+    discordant = len(won) + len(lost)
+    tail = sum(comb(discordant, i) for i in range(min(len(won), len(lost)) + 1))
+    return {"difference": float((b - a).mean()), "low": low, "high": high,
+            "p": float(min(1, Fraction(2 * tail, 2**discordant))),
+            "won": won.tolist(), "lost": lost.tolist()}
+
+
+def newcombe(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval for mean(b) - mean(a) of paired zeros and ones, (questions,) each.
+
+    Newcombe 1998, method 10: the two Wilson intervals, combined with the correlation phi. It keeps
+    a width when nothing differs, where the interval of a normal distribution would have none.
+    """
+    n, p, q = len(a), a.mean(), b.mean()
+    product = (a * b).sum() * ((1 - a) * (1 - b)).sum() - (a > b).sum() * (a < b).sum()
+    product = max(product - n / 2, 0) if product > 0 else product
+    phi = product / (n * n * sqrt(p * q * (1 - p) * (1 - q))) if 0 < p < 1 and 0 < q < 1 else 0.0
+    (low_a, high_a), (low_b, high_b) = wilson(a.sum(), n), wilson(b.sum(), n)
+    down, up = (sqrt(max(0.0, x * x - 2 * phi * x * y + y * y)) for x, y in (
+        (q - low_b, high_a - p), (high_b - q, p - low_a)))
+    return float(q - p - down), float(q - p + up)
+
+
+# ------------------------------------------------------------------ 6. asking a model
+
+
+def evaluate(model, tokenizer, questions, *, out=None, max_new_tokens, n=1, temperature=0.0,
+             top_p=1.0, seed=0, instruction="", token_budget=None, label="evaluate") -> list[dict]:
+    """Ask each question n times; return one graded row per question, in order (see section 5).
+
+    With `out`, completions are appended to out.part as they end, so that a run that was stopped
+    goes on where it was, and the rows are in `out` at the end. InputError if out.part belongs to a
+    different run, or if a prompt does not fit. `tokens` counts new tokens, the EOS included.
+    """
+    options = dict(max_new_tokens=max_new_tokens, n=n, temperature=temperature, top_p=top_p,
+                   seed=seed)
+    asked = json.dumps([[q["question"], q["answer"]] for q in questions])
+    settings = options | {"instruction": instruction, "model": model.name_or_path,
+                          "questions": hashlib.sha256(asked.encode()).hexdigest()[:16]}
+    part = Path(f"{out}.part") if out else None
+    done = {(row.pop("index"), row.pop("sample")): row for row in open_part(part, settings)}
+    pending = [i for i in range(len(questions)) if any((i, j) not in done for j in range(n))]
+    stops = sample.stop_ids(model, tokenizer)
+
+    def keep(at, j, ids):
+        i = pending[at]
+        if (i, j) not in done:                          # of a question that was half done
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            done[i, j] = grade(text, questions[i]["answer"]) | {
+                "tokens": len(ids), "finished": bool(ids) and ids[-1] in stops}
+            append(part, {"index": i, "sample": j, **done[i, j]})
+
+    prompts = [sample.prompt_ids(tokenizer, questions[i]["question"], instruction)
+               for i in pending]
+    sample.generate(model, prompts, **options, eos_ids=stops, keys=pending, on_done=keep,
+                    token_budget=token_budget, progress=label)
+    rows = [{key: q[key] for key in ("question", "answer", "level", "subject") if key in q}
+            | (done[i, 0] if n == 1 else {"completions": [done[i, j] for j in range(n)]})
+            for i, q in enumerate(questions)]
+    if out:
+        sample.write_jsonl(out, rows)
+        part.unlink()
+    return rows
+
+
+def grade(text: str, gold: str) -> dict:
+    """Return a completion's text with the answer it gives, and whether that is right."""
+    prediction = extract_answer(text)
+    return {"text": text, "prediction": prediction, "correct": is_correct(prediction, gold)}
+
+
+def append(path: Path | None, row: dict) -> None:
+    """Add a line to a growing file, where there is one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def open_part(part: Path | None, settings: dict) -> list[dict]:
+    """Return the completions of an interrupted run, or start its file; a torn line is dropped."""
+    rows = sample.read_jsonl(part, torn_ok=True) if part and part.exists() else []
+    if not rows:
+        append(part, settings)
+    for key, value in settings.items() if rows else ():
+        if rows[0].get(key) != value:
+            raise InputError(f"{part} is of a run with another {key} ({rows[0].get(key)!r}, now "
+                             f"{value!r}): delete it or choose another output file")
+    return rows[1:]
+
+
+# ------------------------------------------------------------------ 7. printing, command line
+
+
+def read_predictions(path) -> list[dict]:
+    """Return the rows of a predictions file; InputError that names the row if one is no row."""
+    rows = sample.read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        fields = {"text", "prediction", "correct", "tokens", "finished"}
+        if not {"question", "answer"} <= set(row) or not all(
+                isinstance(c, dict) and fields <= set(c) for c in completions_of(row)):
+            raise InputError(f"{path}, row {number}: not a row of predictions")
+    if len({len(completions_of(row)) for row in rows}) != 1:
+        raise InputError(f"{path} has no rows, or rows with different numbers of completions")
+    return rows
+
+
+def print_summary(rows: list[dict]) -> None:
+    """Print accuracy and what explains it, over all questions and by level and subject."""
+    groups = {"all": rows}
+    for row in rows:
+        for key in ("level", "subject"):
+            if key in row:
+                groups.setdefault(f"{key} {row[key]}", []).append(row)
+    print(f"{'':<32}{'n':>6}  accuracy   95 % interval  tokens  cut off  no answer")
+    for name, group in sorted(groups.items()):
+        s = {key: v * (100 if isinstance(v, float) else 1) for key, v in summarize(group).items()}
+        print(f"{name:<32}{s['n']:>6}{s['accuracy']:>8.1f} %  {s['low']:5.1f} .. {s['high']:5.1f}"
+              f"{s['mean_tokens'] / 100:>8.0f}{s['cut_off']:>7.1f} %{s['no_answer']:>9.1f} %")
+    several = [f"{key} {100 * value:.1f} %" for key, value in summarize(rows).items() if "@" in key]
+    print("  ".join(several + [f"one question = {100 / len(rows):.2g} points"]))
+
+
+def print_comparison(rows_a: list[dict], rows_b: list[dict]) -> None:
+    """Print the paired difference from a to b, and which questions were won and lost."""
+    c, n = compare(rows_a, rows_b), len(rows_a)
+    before, after = (100 * question_means(rows).mean() for rows in (rows_a, rows_b))
+    print(f"{n} questions, one question = {100 / n:.2g} points\n"
+          f"accuracy {before:.1f} % -> {after:.1f} %: {100 * c['difference']:+.1f} points, 95 % "
+          f"interval {100 * c['low']:+.1f} .. {100 * c['high']:+.1f}, exact McNemar p = "
+          f"{c['p']:.2g}")
+    for name in ("won", "lost"):
+        print(f"{name} {len(c[name])}: {' '.join(map(str, c[name]))}")
+
+
+def regrade(path, out) -> list[dict]:
+    """Grade the stored text of a predictions file again; write the rows to `out`, return them."""
+    rows, changed = read_predictions(path), 0
+    for row in rows:
+        for completion in completions_of(row):
+            before = completion["correct"]
+            completion |= grade(completion["text"], row["answer"])
+            changed += completion["correct"] != before
+    sample.write_jsonl(out, rows)
+    print(f"{changed} verdicts changed")
+    return rows
+
+
+def parse_arguments(argv=None):
+    """Return the command line's flags; InputError for values that cannot work."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--data", help="questions: tiny, a prepared set or a JSONL file")
+    flag("--out", help="file for the predictions (JSONL)")
+    flag("--regrade", metavar="FILE", help="grade stored predictions again, without a model; in "
+         "place unless --out is given")
+    flag("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
+    flag("--split", default="test", help="of a --data name: train, dev or test (default: test)")
+    flag("--limit", type=int, help="only the first questions")
+    flag("--n", type=int, default=1, help="completions per question (default: 1)")
+    flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
+    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay (default: 1)")
+    flag("--seed", type=int, default=0, help="same seed, same completions (default: 0)")
+    sample.add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.data, args.regrade, args.compare))) != 1 or args.data and not args.out:
+        raise InputError("give --data D --out FILE, or --regrade FILE, or --compare A B")
+    sample.fill_defaults(args)
+    if args.temperature is None:
+        args.temperature = 0.6 if args.n > 1 else 0.0
+    for name in ("n", "limit", "max_new_tokens", "token_budget"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} has to be at least 1")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise InputError("--temperature has to be at least 0, --top-p in (0, 1]")
+    return args
+
+
+def main(argv=None):
+    """Compare two files, grade one again, or ask a model."""
+    args = parse_arguments(argv)
+    if args.compare:
+        return print_comparison(*map(read_predictions, args.compare))
+    if args.regrade:
+        return print_summary(regrade(args.regrade, args.out or args.regrade))
+    if Path(args.out).exists():
+        raise InputError(f"{args.out} exists already: delete it or choose another --out")
+    questions = sample.load_questions(args.data, args.split, args.limit, need_answer=True)
+    model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    names = ("out", "max_new_tokens", "n", "temperature", "top_p", "seed", "instruction",
+             "token_budget")
+    print_summary(evaluate(model, tokenizer, questions, **{k: getattr(args, k) for k in names}))
+
+
+if __name__ == "__main__":
+    sample.run(main)

@@ -1,0 +1,262 @@
+"""The command line end to end on the embedded model, and what it says to bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sample
+import upft
+from sample import DATA, TINY, read_jsonl
+
+SHORT = ["--limit", "40", "--eval-limit", "30", "--batch-size", "8"]
+
+
+def run_upft(folder, *flags):
+    upft.main([*SHORT, "--out", str(folder), *flags])
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return model.state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One whole run that several tests look at."""
+    folder = tmp_path_factory.mktemp("run") / "upft"
+    return folder, run_upft(folder, "--save-every", "2")
+
+
+def test_a_run_leaves_what_the_readme_promises(finished, capsys):
+    folder, metrics = finished
+    names = {"samples.jsonl", "metrics.json", "settings.json", "model", "predictions_base.jsonl",
+             "predictions_tuned.jsonl"}
+    assert {p.name for p in folder.iterdir()} == names  # and no .part, .tmp or checkpoint
+    rows = read_jsonl(folder / "samples.jsonl")
+    assert len(rows) == 40 and sum(r["kind"] == "full" for r in rows) == 4
+    prefixes = [r for r in rows if r["kind"] == "prefix"]
+    assert all(len(r["response_ids"]) == 8 for r in prefixes)
+    full = [r for r in rows if r["kind"] == "full"]
+    assert metrics["sampled_tokens"] == metrics["tuned_tokens"] == sum(
+        len(r["response_ids"]) for r in rows)
+    assert metrics["sampled_tokens"] == 36 * 8 + sum(len(r["response_ids"]) for r in full)
+    assert metrics["base"]["n"] == metrics["tuned"]["n"] == 30
+    assert len(metrics["train_loss"]) == 5
+    assert metrics["base"]["correct"] == round(metrics["base"]["accuracy"] * 30)
+    assert metrics["paired"]["difference"] == pytest.approx(
+        metrics["tuned"]["accuracy"] - metrics["base"]["accuracy"])
+
+
+def test_the_saved_model_loads_in_plain_transformers_and_answers(finished):
+    folder, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    chat = [{"role": "user", "content": read_jsonl(TINY / "test.jsonl")[0]["question"]}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=160, do_sample=False)
+    text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "\\boxed{" in text
+    assert text == read_jsonl(folder / "predictions_tuned.jsonl")[0]["text"]
+
+
+def test_the_prefix_is_the_first_t_tokens_of_the_full_sample(tmp_path, finished):
+    """Decoding t tokens gives what cutting the full trace would give, at a fraction of the cost."""
+    rows = read_jsonl(finished[0] / "samples.jsonl")
+    model, tokenizer = sample.load_model("tiny")
+    prompts = [sample.prompt_ids(tokenizer, r["question"]) for r in rows]
+    stops = sample.stop_ids(model, tokenizer)
+    full = sample.generate(model, prompts, max_new_tokens=60, temperature=0.6, eos_ids=stops)
+    for row, [ids] in zip(rows, full):
+        if row["kind"] == "prefix":
+            assert row["response_ids"] == ids[:8]
+
+
+def test_training_prompts_carry_the_suffix_and_sampling_prompts_do_not(tmp_path, finished):
+    _, tokenizer = sample.load_model("tiny")
+    rows = read_jsonl(finished[0] / "samples.jsonl")
+    for row in rows:
+        suffix = upft.SUFFIX if row["kind"] == "prefix" else ""
+        assert row["prompt_ids"] == sample.prompt_ids(tokenizer, row["question"], "", suffix)
+        assert row["prompt"][0]["content"].endswith(upft.SUFFIX) == (row["kind"] == "prefix")
+    run_upft(tmp_path / "plain", "--no-template", "--eos")
+    for row, plain in zip(rows, read_jsonl(tmp_path / "plain" / "samples.jsonl")):
+        assert plain["response_ids"] == row["response_ids"]
+        assert plain["prompt"][0]["content"] == row["question"]
+
+
+def test_no_label_is_read(tmp_path, finished):
+    """Without any answers in the training file: the same samples and the same weights."""
+    unlabelled = tmp_path / "questions.jsonl"
+    questions = read_jsonl(TINY / "train.jsonl")[:40]
+    unlabelled.write_text("".join(json.dumps({"question": q["question"]}) + "\n" for q in questions))
+    folder = tmp_path / "run"
+    run_upft(folder, "--data", str(unlabelled), "--eval-limit", "2")
+    for ours, labelled in zip(*(read_jsonl(f / "samples.jsonl") for f in (folder, finished[0]))):
+        assert ours["response_ids"] == labelled["response_ids"] and "answer" not in ours
+    assert same(weights(folder), weights(finished[0]))
+
+
+def test_seed_decides_and_batch_size_of_sampling_does_not(tmp_path, finished):
+    again, other = tmp_path / "again", tmp_path / "other"
+    run_upft(again, "--token-budget", "400", "--eval-limit", "1")
+    run_upft(other, "--seed", "1", "--eval-limit", "1")
+    ids = lambda f: [r["response_ids"] for r in read_jsonl(f / "samples.jsonl")]
+    assert ids(again) == ids(finished[0]) != ids(other)
+    assert same(weights(again), weights(finished[0]))
+    assert not same(weights(other), weights(finished[0]))
+
+
+@pytest.mark.parametrize("stop_at", ["sampling", "training", "evaluation"])
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, finished, monkeypatch, stop_at):
+    folder, calls, flags = tmp_path / "run", [], ["--save-every", "2"]
+    names = {"sampling": (sample, "decode"), "training": (upft, "backward"),
+             "evaluation": (sample, "decode")}
+    module, name = names[stop_at]
+    original = getattr(module, name)
+    # Sampling: prefixes in one call of decode, full traces in the next, each evaluation in one more.
+    limit = {"sampling": 1, "training": 3, "evaluation": 3}[stop_at]
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > limit:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_upft(folder, *flags)
+    monkeypatch.setattr(module, name, original)
+    if stop_at == "sampling":
+        part = folder / "samples.jsonl.part"
+        assert len(read_jsonl(part)) == 36
+        part.write_bytes(part.read_bytes()[:-5])  # torn in the middle of its last line
+    metrics = run_upft(folder, *flags, "--resume")
+    assert metrics["train_loss"] == finished[1]["train_loss"]
+    assert same(weights(folder), weights(finished[0]))
+    assert metrics["paired"] == finished[1]["paired"]
+    assert not list(folder.glob("*.part")) + list(folder.glob("*.tmp"))
+
+
+def test_methods_differ_only_in_what_is_trained_on(tmp_path):
+    sft = run_upft(tmp_path / "sft", "--method", "sft", "--eval-limit", "1")
+    rows = read_jsonl(tmp_path / "sft" / "samples.jsonl")
+    assert {r["kind"] for r in rows} == {"full"} and sft["sampled_tokens"] == sft["tuned_tokens"]
+    rft = run_upft(tmp_path / "rft", "--method", "rft", "--samples", "4", "--eval-limit", "1")
+    rows = read_jsonl(tmp_path / "rft" / "samples.jsonl")
+    assert rft["dropped_questions"] + len(rows) == 40 and len(rows) > 0
+    for row in rows:
+        answer = upft.evaluate.extract_answer(row["completion"][0]["content"])
+        assert upft.evaluate.is_correct(answer, row["answer"])
+    assert rft["sampled_tokens"] > 2 * rft["tuned_tokens"]
+    run_upft(tmp_path / "filter", "--label-filter", "--samples", "4", "--eval-limit", "1")
+    kept = {r["question"]: r for r in read_jsonl(tmp_path / "filter" / "samples.jsonl")}
+    assert kept.keys() == {r["question"] for r in rows}
+    for row in rows:
+        other = kept[row["question"]]
+        length = 8 if other["kind"] == "prefix" else None
+        assert other["response_ids"] == row["response_ids"][:length]
+
+
+def tiny_without(tmp_path, name, **config):
+    """A copy of the embedded model that lacks a file or has another setting."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / name).unlink() if name else None
+    if config:
+        values = json.loads((folder / "config.json").read_text()) | config
+        (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    return str(path)
+
+
+BAD = {
+    "missing file": (lambda t: ["--data", "none.jsonl"], "no question file none.jsonl"),
+    "unknown set": (lambda t: ["--data", "gsm9k"], "data/prepare.py"),
+    "empty file": (lambda t: ["--data", write(t, "")], "holds no questions"),
+    "broken line": (lambda t: ["--data", write(t, '{"question": "1?"}\n{"quest\n')], "line 2"),
+    "not an object": (lambda t: ["--data", write(t, '{"question": "1?"}\n7\n')], "line 2"),
+    "no question": (lambda t: ["--data", write(t, '{"answer": "1"}\n')], 'no "question"'),
+    "no answer": (lambda t: ["--eval-data", write(t, '{"question": "1?"}\n')], 'no "answer"'),
+    "rft without labels": (
+        lambda t: ["--method", "rft", "--data", write(t, '{"question": "1?"}\n')], 'no "answer"'),
+    "no such model": (lambda t: ["--model", str(t), "--data", "tiny"], "cannot load the model"),
+    "no data for a model": (lambda t: ["--model", "some/model"], "--data is needed"),
+    "prefix 0": (lambda t: ["--prefix", "0"], "--prefix must be above 0"),
+    "structure 1.5": (lambda t: ["--structure", "1.5"], "--structure must lie between 0 and 1"),
+    "lr 0": (lambda t: ["--lr", "0"], "--lr must be above 0"),
+    "no chat template": (
+        lambda t: ["--model", tiny_without(t, "chat_template.jinja"), "--data", "tiny"],
+        "no chat template"),
+    "context": (
+        lambda t: ["--model", tiny_without(t, "", max_position_embeddings=170), "--data", "tiny"],
+        "exceeds the model's context of 170"),
+    "folder in use": (lambda t: ["--out", str(TINY)], "is in use"),
+    "nothing to resume": (lambda t: ["--out", str(t / "none"), "--resume"], "no run in"),
+    "resume what": (lambda t: ["--resume"], "--resume needs --out"),
+    "device": (lambda t: ["--device", "cuda:99"], "cuda:99"),
+    "diverging": (lambda t: ["--lr", "1e38", "--limit", "40", "--eval-limit", "1"], "--lr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where the default out/ would be
+    flags, expected = BAD[case]
+    with pytest.raises(SystemExit) as stop:
+        sample.run(lambda: upft.main(flags(tmp_path)))
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(error) == 1 and expected in error[0]
+    made = list(tmp_path.glob("out/*/*.json*"))
+    assert case == "diverging" or not made  # told before any work
+
+
+def test_resume_refuses_other_settings(finished):
+    with pytest.raises(sample.InputError, match="--prefix differ"):
+        run_upft(finished[0], "--prefix", "4", "--resume")
+
+
+def test_sample_script_writes_samples(tmp_path, capsys):
+    out = tmp_path / "samples.jsonl"
+    sample.main(["--data", "tiny", "--limit", "3", "--n", "2", "--max-new-tokens", "40",
+                 "--out", str(out)])
+    rows = read_jsonl(out)
+    assert [r["sample"] for r in rows] == [0, 1] * 3 and rows[0]["response_ids"]
+    sample.main(["--prompt", rows[0]["question"]])
+    assert "\\boxed{" in capsys.readouterr().out
+
+
+def test_the_embedded_sets_are_disjoint_and_large_enough():
+    sets = [[r["question"] for r in read_jsonl(TINY / f"{s}.jsonl")] for s in ("train", "dev", "test")]
+    assert len(sets[0]) >= 2000 and len(sets[1]) == 500 and len(sets[2]) == 2000
+    everything = [q for questions in sets for q in questions]
+    assert len(set(everything)) == len(everything)
+    assert (TINY / "model.safetensors").stat().st_size <= 8e6
+
+
+def test_the_end_of_turn_is_the_templates_own_token():
+    """As with Llama 3, whose first EOS id is not what closes a turn."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    end = sample.end_of_turn(tokenizer)
+    assert end == tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|over|>' }}{% endfor %}"
+    over = tokenizer.convert_tokens_to_ids("<|over|>")
+    assert sample.end_of_turn(tokenizer) == over != tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [3, 4]
+    assert sample.stop_ids(model, tokenizer) == {over, tokenizer.eos_token_id, 3, 4}
