@@ -33,7 +33,7 @@ PHRASE = re.compile(
     r"(?:\b(?:is|was|would be|equals)\b|[:=：是为])"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|given by|option|choice)\b)?[\s:*_,]*",
     re.I)
-DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}\b)?"
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}$])-)?(?:\\?[$€£]\s?)?(?<![\d.])-?(?:\\[dtc]?frac\s*\{-?\d+\}\s*\{\d+\}"
     rf"|\d+:\d\d\b|\d+ \d+/\d+|{DIGITS}(?:/\d+)?)"
@@ -247,7 +247,7 @@ TOKEN = re.compile(r"\d+_\w+|\d+\.?\d*|\.\d+|\\?[A-Za-z]+(?:_\w+)?|\*\*|\S")
 
 @lru_cache(maxsize=10_000)
 def expression(text: str) -> tuple:
-    """Return the values of a LaTeX or plain expression at two points; ValueError if it is none.
+    """Return the values of a LaTeX or plain expression at four points; ValueError if it is none.
 
     Equal expressions have equal values; others differ, but for a chance of some 2^-70.
     """
@@ -260,7 +260,7 @@ def expression(text: str) -> tuple:
     text = CALL.sub(lambda m: f" call_{m[1]}{m[2] or ''}_{(m[3] or '').replace('-', 'm')}"
                               + (f"({m[4]})" if m[4] else ""), text)
     tree = ast.parse(to_python(TOKEN.findall(text)), mode="eval").body
-    return "value", *(value_at(tree, point) for point in (0, 1))
+    return "value", *(value_at(tree, point) for point in range(4))
 
 
 def to_python(tokens: list[str]) -> str:
@@ -442,7 +442,7 @@ def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool
     if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
         # An equation may be multiplied by a number; the ratio of what left minus right is at two
         # points does not change. (An inequality could turn around: it is compared as it is.)
-        one, two = (a - b for a, b in zip(sides[0][1:], sides[1][1:]))
+        one, two, *_ = (a - b for a, b in zip(sides[0][1:], sides[1][1:]))
         if signs == ["="] and two % PRIME:
             return "=", one * pow(two, -1, PRIME) % PRIME
     return *signs, *sides
@@ -668,7 +668,7 @@ def append(path: Path | None, row: dict) -> None:
 
 def open_part(part: Path | None, settings: dict) -> list[dict]:
     """Return the completions of an interrupted run, or start its file; a torn line is dropped."""
-    rows = sample.read_jsonl(part, torn_ok=True) if part and part.exists() else []
+    rows = sample.read_jsonl(part, torn_ok=True) if part else []
     if not rows:
         append(part, settings)
     for key, value in settings.items() if rows else ():
@@ -738,31 +738,24 @@ def regrade(path, out) -> list[dict]:
 def parse_arguments(argv=None):
     """Return the command line's flags; InputError for values that cannot work."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__.split("\n")[0], formatter_class=sample.Help)
     flag = parser.add_argument
     flag("--data", help="questions: tiny, a prepared set or a JSONL file")
     flag("--out", help="file for the predictions (JSONL)")
     flag("--regrade", metavar="FILE", help="grade stored predictions again, without a model; in "
          "place unless --out is given")
     flag("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
-    flag("--split", default="test", help="of a --data name: train, dev or test (default: test)")
+    flag("--split", default="test", help="of a --data name: train, dev or test")
     flag("--limit", type=int, help="only the first questions")
-    flag("--n", type=int, default=1, help="completions per question (default: 1)")
+    flag("--n", type=int, default=1, help="completions per question")
     flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
-    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay (default: 1)")
-    flag("--seed", type=int, default=0, help="same seed, same completions (default: 0)")
+    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
+    flag("--seed", type=int, default=0, help="same seed, same completions")
     sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.data, args.regrade, args.compare))) != 1 or args.data and not args.out:
         raise InputError("give --data D --out FILE, or --regrade FILE, or --compare A B")
     sample.fill_defaults(args)
-    if args.temperature is None:
-        args.temperature = 0.6 if args.n > 1 else 0.0
-    for name in ("n", "limit", "max_new_tokens", "token_budget"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} has to be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise InputError("--temperature has to be at least 0, --top-p in (0, 1]")
     return args
 
 

@@ -38,7 +38,7 @@ def run(main):
     transformers_logging.disable_progress_bar()
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -49,13 +49,16 @@ def run(main):
 # ---- files -----------------------------------------------------------------------------------
 
 
-def read_jsonl(path, torn_ok: bool = False) -> list[dict]:
+def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
     """The objects of a JSONL file. A bad line is an InputError that names file and line number.
 
-    torn_ok: a last line without its newline was being written when the run stopped; it is dropped,
-    from the file too, so that new lines can be appended after it.
+    torn_ok: a file that was growing when the run stopped: it may be missing, and a last line
+    without its newline is dropped, from the file too, so that new lines can be appended.
+    check(row) returns what is wrong with a row, or None.
     """
     path, rows, end = Path(path), [], 0
+    if torn_ok and not path.exists():
+        return []
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -72,8 +75,9 @@ def read_jsonl(path, torn_ok: bool = False) -> list[dict]:
             row = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object {{...}}")
+        wrong = check(row) if check and isinstance(row, dict) else None
+        if wrong or not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: {wrong or 'expected a JSON object {...}'}")
         rows.append(row)
     return rows
 
@@ -95,19 +99,22 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
     need_answer: UPFT never reads it. `split` chooses the file where a name has several.
     """
     path = Path(name).expanduser()
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = TINY / f"{split}.jsonl" if name == "tiny" else DATA / f"{name}_{split}.jsonl"
     if not path.is_file():
         raise InputError(
             f"no question file {path}: --data takes tiny, the name of a set that "
             "`python data/prepare.py NAME` made, or the path of a JSONL file"
         )
-    rows = read_jsonl(path)[:limit]
-    for number, row in enumerate(rows, 1):
+
+    def check(row):
         if not isinstance(row.get("question"), str) or not row["question"].strip():
-            raise InputError(f'{path}, row {number}: no "question"')
+            return 'no "question"'
         if need_answer and row.get("answer") is None:
-            raise InputError(f'{path}, row {number}: no "answer", which is needed here')
+            return 'no "answer", which is needed here'
+
+    rows = read_jsonl(path, check=check)[:limit]
+    for row in rows:
         if row.get("answer") is not None:
             row["answer"] = str(row["answer"])
     if not rows:
@@ -141,14 +148,18 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if not tokenizer.chat_template:
+            raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         chosen, why = choose_dtype(dtype, device, model.num_parameters())
-        model = model.to(device, chosen)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        for parameter in model.parameters():
+            # Not model.to(chosen): that would round the rotary frequencies, which are buffers that
+            # the library keeps in float32, and positions would be off by a radian after 1,000.
+            parameter.data = parameter.data.to(chosen)
+        model = model.to(device)
+    except Exception as error:  # each library that takes part has its own
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load the model {name} on {device}: {reason}") from None
-    if not tokenizer.chat_template:
-        raise InputError(f"{name} has no chat template; UPFT needs an instruction-tuned model")
     label = "tiny" if name == str(TINY) else name
     print(
         f"{label}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
@@ -159,8 +170,11 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
 
 
 def is_tiny(model_name) -> bool:
-    """Whether this is the embedded model, which has its own default values."""
-    return str(model_name) == "tiny" or Path(model_name).expanduser().resolve() == TINY
+    """Whether this is the embedded model or one tuned from it: their default values are its own."""
+    template, own = (Path(m).expanduser() / "chat_template.jinja" for m in (model_name, TINY))
+    if str(model_name) == "tiny":
+        return True
+    return template.is_file() and template.read_text() == own.read_text()
 
 
 def default_instruction(model_name) -> str:
@@ -169,11 +183,23 @@ def default_instruction(model_name) -> str:
 
 
 def fill_defaults(args) -> None:
-    """Set --instruction and --max-new-tokens, where not given, to what suits the model."""
+    """Set flags that were not given to what suits the model; InputError for senseless values."""
     if args.instruction is None:
         args.instruction = default_instruction(args.model)
     if args.max_new_tokens is None:
         args.max_new_tokens = 160 if is_tiny(args.model) else 512
+    if "n" in args and args.temperature is None:
+        args.temperature = 0.6 if args.n > 1 else 0.0
+    positive = ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
+                "batch_size", "micro_batch", "samples", "lr", "clip")
+    for name in positive:
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.temperature < 0 or args.seed < 0:
+        raise InputError("--temperature and --seed must not be negative")
+    if not 0 < getattr(args, "top_p", 1.0) <= 1:
+        raise InputError(f"--top-p must lie in (0, 1], not {args.top_p}")
 
 
 def user_turn(question: str, instruction: str = "", suffix: str = "") -> list[dict]:
@@ -459,6 +485,32 @@ def generate(
     return results
 
 
+def generate_to(part: Path, settings: dict, model, prompts, keys, *, n=1, **options) -> dict:
+    """generate(), kept in a file as it goes; returns {(key, sample): ids} of all that is in it.
+
+    keys: the numbers of the prompts. Every sequence is appended to `part` as it ends, and what a
+    stopped run left there is not made again. InputError if it was made with other settings.
+    """
+    rows = read_jsonl(part, torn_ok=True)
+    if rows and rows[0] != settings:
+        raise InputError(f"{part} is of a run with other settings: delete it or change --out")
+    drawn = {(row["key"], row["sample"]): row["ids"] for row in rows[1:]}
+    todo = [i for i, key in enumerate(keys) if any((key, j) not in drawn for j in range(n))]
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "a", encoding="utf-8") as file:
+
+        def keep(at, j, ids):
+            key = keys[todo[at]]
+            drawn[key, j] = ids
+            print(json.dumps({"key": key, "sample": j, "ids": ids}), file=file, flush=True)
+
+        if not rows:
+            print(json.dumps(settings), file=file, flush=True)
+        generate(model, [prompts[i] for i in todo], n=n, keys=[keys[i] for i in todo],
+                 on_done=keep, **options)
+    return drawn
+
+
 def check_length(model, prompts, max_new_tokens: int) -> None:
     """InputError where the longest prompt with its response does not fit the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
@@ -472,6 +524,14 @@ def check_length(model, prompts, max_new_tokens: int) -> None:
 
 
 # ---- script ----------------------------------------------------------------------------------
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Show every flag's default, once; the help text names those that depend on the model."""
+
+    def _get_help_string(self, action):
+        told = action.default is None or "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 def add_model_arguments(parser) -> None:
@@ -501,21 +561,21 @@ def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
     print()
 
 
-def sample_file(model, tokenizer, args, options: dict) -> None:
+def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
-    questions = load_questions(args.data, args.split, args.limit)
     prompts = [prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     stops = stop_ids(model, tokenizer)
-    results = generate(
-        model, prompts, n=args.n, eos_ids=stops, seed=args.seed, progress="sample",
-        token_budget=args.token_budget, **options,
+    settings = options | {"seed": args.seed, "model": args.model, "instruction": args.instruction}
+    part = Path(f"{args.out}.part")
+    drawn = generate_to(
+        part, settings, model, prompts, range(len(prompts)), n=args.n, eos_ids=stops,
+        seed=args.seed, token_budget=args.token_budget, progress="sample", **options,
     )
     write_jsonl(args.out, (
-        sample_row(tokenizer, question, args.instruction, "", prompt, ids, "full", stops)
-        | {"sample": j}
-        for question, prompt, samples in zip(questions, prompts, results)
-        for j, ids in enumerate(samples)
+        sample_row(tokenizer, questions[i], args.instruction, "", prompts[i], ids, "full", stops)
+        | {"sample": j} for (i, j), ids in sorted(drawn.items())
     ))
+    part.unlink()
     print(f"{len(prompts)} questions x {args.n} samples -> {args.out}")
 
 
@@ -540,8 +600,7 @@ def sample_row(tokenizer, question, instruction, suffix, prompt, response, kind,
 
 def main(argv=None):
     """Parse the flags; answer one prompt, or write samples for a file of questions."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
     parser.add_argument("--data", help="tiny, a prepared set or a JSONL file of questions")
     parser.add_argument("--split", default="train", help="of a --data name: train, dev or test")
@@ -556,16 +615,12 @@ def main(argv=None):
     if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
     fill_defaults(args)
-    if args.n < 1 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
-        raise InputError("--n and --max-new-tokens must be at least 1, --top-p in (0, 1]")
-    if args.data:
-        load_questions(args.data, args.split, args.limit)  # a bad file is told before a model loads
+    # A bad file is told before a model is loaded.
+    questions = args.data and load_questions(args.data, args.split, args.limit)
     model, tokenizer = load_model(args.model, args.device, args.dtype)
-    if args.temperature is None:
-        args.temperature = 0.6 if args.n > 1 else 0.0
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     if args.data:
-        return sample_file(model, tokenizer, args, options)
+        return sample_file(model, tokenizer, questions, args, options)
     prompt = prompt_ids(tokenizer, args.prompt, args.instruction)
     check_length(model, [prompt], args.max_new_tokens)
     for j in range(args.n):

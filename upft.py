@@ -33,7 +33,7 @@ SUFFIX = (
 )
 # What suits the embedded model, chosen on its development questions; and the paper's Table 3.
 TINY_DEFAULTS = dict(lr=1e-4, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
-PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True, data=None, eval_data=None)
+PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
 
 # ---- 1. sampling -----------------------------------------------------------------------------
@@ -60,36 +60,25 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     n = args.samples if filtered else 1
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
-    part = folder / "samples.jsonl.part"
-    drawn = {(r["index"], r["sample"]): r["ids"] for r in read_part(part)}
     started = time.perf_counter()
-    with open(part, "a", encoding="utf-8") as file:
-        for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
-            if kind == "prefix" and filtered:
-                continue  # whether an answer is right shows only at its end
-            todo = [
-                i for i in range(len(questions))
-                if (filtered or kinds[i] == kind) and any((i, j) not in drawn for j in range(n))
-            ]
-
-            def keep(at, j, ids):
-                drawn[todo[at], j] = ids
-                file.write(json.dumps({"index": todo[at], "sample": j, "ids": ids}) + "\n")
-                file.flush()
-
-            sample.generate(
-                model,
-                [prompts[i] for i in todo],
-                max_new_tokens=limit, temperature=args.temperature, n=n, eos_ids=stops,
-                seed=args.seed, keys=todo, token_budget=args.token_budget, on_done=keep,
-                progress=f"sample {kind}",
-            )
+    for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
+        # Whether an answer is right shows only at its end, so filtered samples are all full ones.
+        if filtered and kind == "prefix":
+            continue
+        keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
+        drawn = sample.generate_to(
+            folder / "samples.jsonl.part", {}, model, [prompts[i] for i in keys], keys, n=n,
+            max_new_tokens=limit, temperature=args.temperature, eos_ids=stops, seed=args.seed,
+            token_budget=args.token_budget, progress=f"sample {kind}",
+        )
     seconds = time.perf_counter() - started
     rows, dropped = [], 0
     for i, question in enumerate(questions):
         responses = [drawn[i, j] for j in range(n)]
         if filtered:
-            responses = [ids for ids in responses if is_right(tokenizer, ids, question)]
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            graded = [evaluate.grade(text, question["answer"])["correct"] for text in texts]
+            responses = [ids for ids, right in zip(responses, graded) if right]
         if not responses:
             dropped += 1
             continue
@@ -101,17 +90,6 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
         ))
     cost = {"sampled_tokens": sum(map(len, drawn.values())), "sampling_seconds": seconds}
     return rows, cost | {"questions": len(questions), "dropped_questions": dropped}
-
-
-def read_part(path: Path) -> list[dict]:
-    """The rows of a file that was still growing when a run stopped; none if there is no file."""
-    return read_jsonl(path, torn_ok=True) if path.exists() else []
-
-
-def is_right(tokenizer, ids: list[int], question: dict) -> bool:
-    """Whether the answer in a sampled response is the question's labelled answer."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return evaluate.is_correct(evaluate.extract_answer(text), question["answer"])
 
 
 # ---- 2. examples -----------------------------------------------------------------------------
@@ -388,9 +366,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
 
 def parse_arguments(argv=None):
     """The flags, with the values that suit the model where they were not given."""
-    raw = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    raw = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=sample.Help)
     yes_no = argparse.BooleanOptionalAction
     sample.add_model_arguments(raw)
     g = raw.add_argument_group("questions")
@@ -439,17 +415,11 @@ def parse_arguments(argv=None):
 
 def check_arguments(args) -> None:
     """InputError for a flag that makes no sense, before any work."""
-    positive = ("prefix", "epochs", "batch_size", "micro_batch", "max_new_tokens", "samples", "lr",
-                "clip", "token_budget", "limit", "eval_limit")
-    for name in positive:
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not None and not value > 0:
-            raise InputError(f"{flag} must be above 0, not {value}")
     for name in ("structure", "warmup"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, not {getattr(args, name)}")
-    if args.temperature < 0 or args.seed < 0 or args.save_every < 0:
-        raise InputError("--temperature, --seed and --save-every must not be negative")
+    if args.save_every < 0:
+        raise InputError("--save-every must not be negative")
     if args.data is None:
         raise InputError("--data is needed with --model: a prepared set or a JSONL file")
     if args.label_filter and args.method != "upft":
@@ -464,7 +434,9 @@ def open_folder(args) -> Path:
     """Make the run's folder and write down its settings, or check that they are still the same."""
     name = f"out/{args.method}-t{args.prefix}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.out or name)
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "save_every")}
+    # A resumed run may change what does not change the result.
+    free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
+    settings = {k: v for k, v in vars(args).items() if k not in free}
     record = folder / "settings.json"
     if args.resume:
         if not record.exists():
@@ -511,10 +483,16 @@ def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) 
 def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     """The fine-tuned model, saved in the run's folder; loaded from there where it exists."""
     if (folder / "model").exists():
-        return sample.load_model(folder / "model", args.device, args.dtype)[0]
+        return sample.load_model((folder / "model").resolve(), args.device, args.dtype)[0]
     examples = make_examples(rows, sample.end_of_turn(tokenizer), args.eos)
     started = time.perf_counter()
-    losses = train(model, examples, args, folder)
+    try:
+        losses = train(model, examples, args, folder)
+    except RuntimeError as error:
+        if not sample.out_of_memory(error):
+            raise
+        raise InputError(f"training ran out of memory: lower --micro-batch (now "
+                         f"{args.micro_batch}), then --out {folder} --resume") from None
     metrics |= {
         "examples": len(examples),
         "full_examples": sum(e["kind"] == "full" for e in examples),
@@ -528,7 +506,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     tokenizer.save_pretrained(folder / "model.tmp")
     write_json(folder / "metrics.json", metrics)
     os.replace(folder / "model.tmp", folder / "model")
-    model.name_or_path = str(folder / "model")  # it no longer is the model it was loaded as
+    model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"trained {len(losses)} steps on {len(examples):,} examples in "
           f"{metrics['training_seconds']:.1f} s: loss {losses[0]:.3f} -> {losses[-1]:.3f} "
@@ -539,14 +517,12 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
 def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict) -> list[dict]:
     """Greedy accuracy on the held-out questions (one completion, as in the paper)."""
     path, started = folder / f"predictions_{name}.jsonl", time.perf_counter()
-    if path.exists():
-        return read_jsonl(path)
-    rows = evaluate.evaluate(
+    rows = read_jsonl(path) if path.exists() else evaluate.evaluate(
         model, tokenizer, held_out, out=path, max_new_tokens=args.max_new_tokens,
         instruction=args.instruction, token_budget=args.token_budget, label=f"evaluate {name}",
     )
     metrics[name] = evaluate.summarize(rows)
-    metrics[f"{name}_evaluation_seconds"] = time.perf_counter() - started
+    metrics.setdefault(f"{name}_evaluation_seconds", time.perf_counter() - started)
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
     return rows
@@ -595,7 +571,8 @@ def table(metrics: dict, paired: dict) -> str:
         f"{metrics['sampled_tokens']:,} sampled tokens, {metrics['tuned_tokens']:,} tuned tokens "
         f"in {metrics['examples']:,} examples ({metrics['full_examples']} full traces, "
         f"{metrics['full_cut_off']} cut off; {metrics['dropped_questions']} questions dropped)",
-        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        + (" (a resumed run: of the last part only)" if metrics["resumed"] else ""),
     ])
 
 
@@ -608,14 +585,17 @@ def main(argv=None):
         args.eval_data, "test", args.eval_limit, need_answer=True
     )
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
-    longest = [sample.prompt_ids(tokenizer, q["question"], args.instruction, SUFFIX)
-               for q in questions + (held_out or [])]
-    sample.check_length(model, longest, args.max_new_tokens)
+    suffix = SUFFIX if args.template and args.method == "upft" else ""
+    for rows, end in ((questions, suffix), (held_out or [], "")):
+        prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
+        sample.check_length(model, prompts, args.max_new_tokens)
     folder = open_folder(args)
+    print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if args.resume and record.exists() else {
         name: getattr(args, name) for name in ("method", "prefix", "structure", "seed", "model")
     }
+    metrics["resumed"] = args.resume
     rows = get_samples(model, tokenizer, questions, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)
