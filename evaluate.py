@@ -242,15 +242,20 @@ TO_PYTHON = [(re.compile(pattern), new) for pattern, new in (       # innermost 
     (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\\div(?![a-z])", "/"), (r"\^", "**"))]
 CALL = re.compile(rf"\\({FUNCTION})(_\w+)?\s*(?:\*\*\(?(-?\w)\)?)?\s*"
                   rf"((?:\w|\\(?!{FUNCTION})[a-z]+|\*\*(?:\w|\(-?\w+\)))+|(?=\())")
+PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOKEN = re.compile(r"\d+_\w+|\d+\.?\d*|\.\d+|\\?[A-Za-z]+(?:_\w+)?|\*\*|\S")
 
 
 @lru_cache(maxsize=10_000)
 def expression(text: str) -> tuple:
-    """Return the values of a LaTeX or plain expression at four points; ValueError if it is none.
+    """Return the values of a LaTeX or plain expression at two points; ValueError if it is none.
 
     Equal expressions have equal values; others differ, but for a chance of some 2^-70.
     """
+    if PLAIN_NUMBER.fullmatch(text):                    # the usual case, without a parser
+        number = Fraction(text)
+        value = number.numerator * pow(number.denominator, -1, PRIME) % PRIME
+        return "value", value, value
     changes = 1
     while changes:
         for pattern, new in TO_PYTHON:
@@ -260,7 +265,7 @@ def expression(text: str) -> tuple:
     text = CALL.sub(lambda m: f" call_{m[1]}{m[2] or ''}_{(m[3] or '').replace('-', 'm')}"
                               + (f"({m[4]})" if m[4] else ""), text)
     tree = ast.parse(to_python(TOKEN.findall(text)), mode="eval").body
-    return "value", *(value_at(tree, point) for point in range(4))
+    return "value", *(value_at(tree, point) for point in (0, 1))
 
 
 def to_python(tokens: list[str]) -> str:
@@ -317,8 +322,9 @@ def value_at(node: ast.AST, point: int) -> int:
 
 def random_number(name, point: int) -> int:
     """Return the number that stands for a letter, pi or sin(...) at this point."""
-    digest = hashlib.sha256(repr((name, point)).encode()).digest()
-    return int.from_bytes(digest, "big") % PRIME
+    number = int.from_bytes(hashlib.sha256(repr((name, point)).encode()).digest(), "big")
+    # Squares at one point and never squares at the other, so that sqrt(x^2) is not x.
+    return number**2 % PRIME * (1, -1)[point] % PRIME
 
 
 def rational(node: ast.AST) -> Fraction | None:
@@ -337,11 +343,12 @@ def power(base: int, exponent: Fraction, point: int) -> int:
     """Return base to a rational power modulo PRIME, with i as the root of what has none."""
     degree = exponent.denominator
     while degree % 2 == 0:
-        imaginary = pow(base, (PRIME - 1) // 2, PRIME) == PRIME - 1
-        base = pow(-base if imaginary else base, (PRIME + 1) // 4, PRIME)
-        base = base * (random_number("v_i", point) if imaginary else 1)
+        root = pow(base, (PRIME + 1) // 4, PRIME)       # of base, or of -base
+        base = root if root * root % PRIME == base else root * random_number("v_i", point) % PRIME
         degree //= 2
-    return pow(base, exponent.numerator * pow(degree, -1, PRIME - 1), PRIME)
+    if degree > 1:
+        base = pow(base, pow(degree, -1, PRIME - 1), PRIME)
+    return pow(base, exponent.numerator, PRIME)
 
 
 # ------------------------------------------------------------------ 4. comparing answers
@@ -442,7 +449,7 @@ def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool
     if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
         # An equation may be multiplied by a number; the ratio of what left minus right is at two
         # points does not change. (An inequality could turn around: it is compared as it is.)
-        one, two, *_ = (a - b for a, b in zip(sides[0][1:], sides[1][1:]))
+        one, two = (a - b for a, b in zip(sides[0][1:], sides[1][1:]))
         if signs == ["="] and two % PRIME:
             return "=", one * pow(two, -1, PRIME) % PRIME
     return *signs, *sides

@@ -260,3 +260,52 @@ def test_the_end_of_turn_is_the_templates_own_token():
     assert sample.end_of_turn(tokenizer) == over != tokenizer.eos_token_id
     model.generation_config.eos_token_id = [3, 4]
     assert sample.stop_ids(model, tokenizer) == {over, tokenizer.eos_token_id, 3, 4}
+
+
+def test_bfloat16_keeps_the_rotary_frequencies_in_float32():
+    """Rounded frequencies would put later positions off by a radian."""
+    ours, _ = sample.load_model("tiny", "cpu", "bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    ids = torch.arange(400)[None] % 400
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+    assert ours.dtype == torch.bfloat16
+
+
+def test_a_model_tuned_from_the_embedded_one_keeps_its_defaults(finished):
+    assert sample.is_tiny(finished[0] / "model") and sample.is_tiny("tiny")
+    assert not sample.is_tiny("Qwen/Qwen2.5-Math-7B-Instruct")
+    sample.main(["--model", str(finished[0] / "model"), "--prompt", "How many?"])
+
+
+def summary(**changes):
+    values = dict(accuracy=0.6, low=0.55, high=0.65, mean_tokens=100.0, cut_off=0.0, no_answer=0.0)
+    return values | changes
+
+
+@pytest.mark.parametrize("tuned, low, words", [
+    (summary(), 0.01, "beyond noise"),
+    (summary(), -0.01, "within noise"),
+    (summary(mean_tokens=9.0), -0.01, "COLLAPSE: answers have shrunk from 100 to 9 tokens"),
+    (summary(no_answer=0.9), -0.01, "COLLAPSE: many answers"),
+])
+def test_the_verdict_says_noise_and_collapse_in_plain_words(tuned, low, words):
+    paired = {"difference": 0.03, "low": low, "high": 0.06, "p": 0.01}
+    text = upft.verdict(summary(), tuned, paired)
+    assert words in text and ("COLLAPSE" in words or "COLLAPSE" not in text)
+
+
+def test_the_table_and_token_weighting_through_the_command_line(tmp_path, finished, capsys):
+    metrics = run_upft(tmp_path / "token", "--weighting", "token")
+    shown = capsys.readouterr().out
+    for part in ("accuracy", "95 % interval", "difference", "sampled tokens", "tuned tokens",
+                 "without an answer", "cut off", "seconds: sampling"):
+        assert part in shown
+    assert f"{metrics['sampled_tokens']:,} sampled tokens" in shown
+    assert metrics["train_loss"] != finished[1]["train_loss"]
+    assert not same(weights(tmp_path / "token"), weights(finished[0]))
+
+
+def test_eos_is_trained_on_only_when_asked(tmp_path, finished):
+    metrics = run_upft(tmp_path / "eos", "--eos", "--eval-limit", "1")
+    assert metrics["tuned_tokens"] == finished[1]["tuned_tokens"] + 36  # one for each prefix
