@@ -1,9 +1,32 @@
 """python data/make_tiny.py --seed 0
 
-Makes the embedded miniature in data/tiny/ from nothing: a Llama-architecture language model of
-0.95 M parameters, its tokenizer, and its questions (train, dev, test). XXX minutes on 2 CPU cores.
+Makes the embedded miniature in data/tiny/ from nothing and without network: a Llama-architecture
+language model of 0.9 million parameters (float32, 3.6 MB), its tokenizer, and its questions: 2,000
+for training, 500 for development, 2,000 for the test. Everything follows from the seed. It took 14
+minutes on 2 CPU cores that other work used at the same time.
 
-PLACEHOLDER
+The world
+    A story names a start value, 3 or 4 changes (two-digit gains and losses) and a price, and asks
+    for the worth of what is left. Its solution opens with one of seven openers and one of several
+    phrases that name a strategy, then calculates, then ends in \\boxed{...}:
+      steps   the changes in the story's order, one calculation each
+      sort    all gains first, then all losses: harder, because a change must be looked up out of
+              order and the running total can grow to three digits
+      groups  sum the gains, sum the losses, then combine
+      pairs   two changes in one calculation: too hard for so small a model
+    With seed 0, 77 % of the solutions are "steps", 18 % "sort", 3 % "groups", 2 % "pairs". The
+    choice between the first two leans on words that have nothing to do with how hard a question is
+    (the thing, the first verb, the closing sentence: see `strategy_weights`). For about one
+    question in ten the words favour "sort", so greedy decoding opens some questions badly.
+Where errors come from
+    Mostly from real difficulty, and late: 30 % of the stories end in a product by a two-digit
+    price, which the model has not fully learned. And from slips: 1 % of the additions and
+    subtractions in the solutions, in every strategy alike, are off by one or by ten, and the
+    solution goes on from the wrong value. The answers of the questions have no slips.
+The pretraining text
+    6,000 drills of ten bare sums first, then 32,000 stories, each seen once. 15 % of the stories
+    carry the paper's task suffix after the question, so that UPFT's training prompt is not foreign
+    to the model; their solutions are complete, and like the others in every way.
 """
 
 import argparse
@@ -24,7 +47,7 @@ QUESTIONS = {"train": 2000, "dev": 500, "test": 2000}
 START, AMOUNT, TOTAL = (20, 80), (10, 60), (10, 99)  # TOTAL: what a running total stays within
 EVENTS = (3, 4)  # changes in one story
 PRICE, HARD_PRICE, HARD = (3, 9), (11, 19), 0.30  # HARD: the share of stories with a HARD_PRICE
-SLIP = 0.01  # share of the corpus's calculations whose result is wrong
+SLIP = 0.01  # share of the solutions' additions and subtractions that are wrong
 
 # ---- the corpus
 STORIES, DRILLS, DRILL_SUMS = 32_000, 6_000, 10  # documents; sums in one drill
@@ -68,7 +91,9 @@ OPENERS = {
 }  # fmt: skip
 WAYS = {
     "steps": {"step by step.": 55, "one change at a time.": 30, "in order.": 15},
-    "sort": {"with the gains first.": 55, "by sorting the changes.": 30, "gains before losses.": 15},
+    "sort": {
+        "with the gains first.": 55, "by sorting the changes.": 30, "gains before losses.": 15,
+    },  # fmt: skip
     "groups": {"with gains and losses apart.": 60, "by adding up each kind.": 40},
     "pairs": {"two changes at a time.": 55, "in pairs.": 30, "in short steps.": 15},
 }
@@ -364,7 +389,7 @@ def main():
     stories, drills, questions = make_corpus(rng)
     texts = [text for pair in stories + drills for text in pair]
     tokenizer = build_tokenizer([*texts, "user", "assistant", "system"])
-    # Sums first: a small model that has not yet learned to add learns little from the stories.
+    # Sums first: a drill holds ten calculations in the tokens of one story.
     batches = make_batches(rng, encode(tokenizer, drills))
     batches += make_batches(rng, encode(tokenizer, stories))
     model = pretrain(tokenizer, batches)

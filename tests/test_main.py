@@ -1,6 +1,8 @@
 """The command line end to end on the embedded model, and what it says to bad input."""
 
+import importlib.util
 import json
+import random
 import shutil
 
 import pytest
@@ -246,6 +248,18 @@ def test_the_embedded_sets_are_disjoint_and_large_enough():
     everything = [q for questions in sets for q in questions]
     assert len(set(everything)) == len(everything)
     assert (TINY / "model.safetensors").stat().st_size <= 8e6
+
+
+def test_make_tiny_makes_these_questions_and_none_of_the_corpus():
+    spec = importlib.util.spec_from_file_location("make_tiny", DATA / "make_tiny.py")
+    make_tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_tiny)
+    stories, _, questions = make_tiny.make_corpus(random.Random(0))
+    seen = {question.removesuffix(f" {make_tiny.SUFFIX}") for question, _ in stories}
+    assert len(seen) == make_tiny.STORIES and make_tiny.SUFFIX == upft.SUFFIX
+    for split, rows in questions.items():
+        assert rows == read_jsonl(TINY / f"{split}.jsonl")
+        assert not seen & {row["question"] for row in rows}
 
 
 def test_the_end_of_turn_is_the_templates_own_token():
