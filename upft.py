@@ -42,7 +42,9 @@ PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 def choose_kinds(count: int, structure: float, seed: int) -> list[str]:
     """ "full" for a random share `structure` of the questions, "prefix" for the others (3.3)."""
     kinds = ["prefix"] * count
-    for i in np.random.default_rng(seed).permutation(count)[: round(structure * count)]:
+    # [1, seed] here and [2, seed, epoch] in `batches`: NumPy pads seeds with zeros, so that seed and
+    # [seed, 0] would be ONE stream, and the first batches would hold all the full traces.
+    for i in np.random.default_rng([1, seed]).permutation(count)[: round(structure * count)]:
         kinds[i] = "full"
     return kinds
 
@@ -120,7 +122,7 @@ def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndar
 
     A resumed run takes up this same list at its step; it never reshuffles what remains.
     """
-    orders = (np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs))
+    orders = (np.random.default_rng([2, seed, epoch]).permutation(count) for epoch in range(epochs))
     return [o[at : at + batch_size] for o in orders for at in range(0, count, batch_size)]
 
 
@@ -508,8 +510,10 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     os.replace(folder / "model.tmp", folder / "model")
     model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    few = math.ceil(len(losses) / 10)
     print(f"trained {len(losses)} steps on {len(examples):,} examples in "
-          f"{metrics['training_seconds']:.1f} s: loss {losses[0]:.3f} -> {losses[-1]:.3f} "
+          f"{metrics['training_seconds']:.1f} s, mean loss of the first {few} steps "
+          f"{np.mean(losses[:few]):.3f}, of the last {np.mean(losses[-few:]):.3f} "
           f"-> {folder / 'model'}")
     return model
 

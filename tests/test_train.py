@@ -124,6 +124,14 @@ def test_batches_are_a_function_of_the_whole_run():
     assert not np.array_equal(plan[0], plan[3])
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_full_traces_are_spread_over_the_whole_run(seed):
+    """Both draws once came from one stream, and the first batches were nothing but full traces."""
+    kinds = choose_kinds(1000, 0.1, seed)
+    shares = [np.mean([kinds[i] == "full" for i in b]) for b in batches(1000, 100, 2, seed)]
+    assert 0.01 < min(shares) and max(shares) < 0.25
+
+
 def test_an_eos_is_added_once_and_never_to_a_cut_off_trace():
     row = lambda kind, ids: {"prompt_ids": [1], "response_ids": ids, "kind": kind,
                              "finished": ids[-1] == 9}
