@@ -323,3 +323,15 @@ def test_the_table_and_token_weighting_through_the_command_line(tmp_path, finish
 def test_eos_is_trained_on_only_when_asked(tmp_path, finished):
     metrics = run_upft(tmp_path / "eos", "--eos", "--eval-limit", "1")
     assert metrics["tuned_tokens"] == finished[1]["tuned_tokens"] + 36  # one for each prefix
+
+
+def test_out_of_memory_in_training_says_what_to_do_and_keeps_the_samples(tmp_path, monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(upft, "backward", too_large)
+    with pytest.raises(sample.InputError, match="lower --micro-batch .now 16., then --out .* --resume"):
+        run_upft(tmp_path / "run", "--eval-limit", "1")
+    monkeypatch.undo()
+    assert len(read_jsonl(tmp_path / "run" / "samples.jsonl")) == 40
+    run_upft(tmp_path / "run", "--eval-limit", "1", "--micro-batch", "4", "--resume")

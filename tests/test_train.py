@@ -263,12 +263,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model.get_output_embeddings().weight.data[5] = float("nan")
     with pytest.raises(sample.InputError, match="step 1: loss nan.*--lr"):
         upft.train(model, some_examples(4), settings(), tmp_path)
-
-
-def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
-    def too_large(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(upft, "backward", too_large)
-    with pytest.raises(sample.InputError, match="step 1: out of memory; lower --micro-batch"):
-        upft.train(small_model(), some_examples(4), settings(), tmp_path)
