@@ -1,6 +1,6 @@
 """Unsupervised Prefix Fine-Tuning (arXiv 2503.02875): train a model on its own first few tokens.
 
-    python upft.py --prefix 8                           # the embedded model, about 2 minutes
+    python upft.py --prefix 8                           # the embedded model, about a minute
     python upft.py --model Qwen/Qwen2.5-Math-7B-Instruct --data prm12k --prefix 32
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
