@@ -42,7 +42,7 @@ PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 def choose_kinds(count: int, structure: float, seed: int) -> list[str]:
     """ "full" for a random share `structure` of the questions, "prefix" for the others (3.3)."""
     kinds = ["prefix"] * count
-    # [1, seed] here and [2, seed, epoch] in `batches`: NumPy pads seeds with zeros, so that seed and
+    # [1, seed] here and [2, seed, epoch] in `batches`: NumPy pads seeds with zeros, so seed and
     # [seed, 0] would be ONE stream, and the first batches would hold all the full traces.
     for i in np.random.default_rng([1, seed]).permutation(count)[: round(structure * count)]:
         kinds[i] = "full"

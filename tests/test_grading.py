@@ -324,14 +324,16 @@ def test_short_answers_cannot_blow_up():
 
 
 def test_ten_thousand_answers_take_under_two_seconds():
-    """All different, so that nothing is remembered; 1,000 of each kind that sets ask for."""
+    """All different and mostly wrong, the slow case; four in five are integers, as in GSM8K."""
     rng = random.Random(0)
-    kinds = [lambda: str(rng.randint(-9999, 99999)), lambda: rf"\frac{{{rng.randint(1, 999)}}}{{7}}",
+    kinds = [lambda: str(rng.randint(-9999, 99999)),
+             lambda: rf"\frac{{{rng.randint(1, 999)}}}{{7}}",
              lambda: f"{rng.randint(1, 9)},{rng.randint(100, 999)}.50",
              lambda: rf"{rng.randint(2, 999)}\sqrt{{{rng.randint(2, 99)}}}",
              lambda: f"({rng.randint(1, 999)}, {rng.randint(1, 999)})"]
-    pairs = [(kinds[i % 5](), kinds[i % 5]()) for i in range(2_000)]
+    of = [0] * 16 + [1, 2, 3, 4]
+    pairs = [(kinds[of[i % 20]](), kinds[of[i % 20]]()) for i in range(10_000)]
     start = time.process_time()
     for prediction, gold in pairs:
         is_correct(extract_answer(rf"Step by step, the answer is $\boxed{{{prediction}}}$."), gold)
-    assert time.process_time() - start < 0.4 * 2        # 2 s for 10,000; a busy machine may take 4
+    assert time.process_time() - start < 2
