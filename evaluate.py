@@ -633,26 +633,19 @@ def evaluate(model, tokenizer, questions, *, out=None, max_new_tokens, n=1, temp
     asked = json.dumps([[q["question"], q["answer"]] for q in questions])
     settings = options | {"instruction": instruction, "model": model.name_or_path,
                           "questions": hashlib.sha256(asked.encode()).hexdigest()[:16]}
-    part = Path(f"{out}.part") if out else None
-    done = {(row.pop("index"), row.pop("sample")): row for row in open_part(part, settings)}
-    pending = [i for i in range(len(questions)) if any((i, j) not in done for j in range(n))]
     stops = sample.stop_ids(model, tokenizer)
-
-    def keep(at, j, ids):
-        i = pending[at]
-        if (i, j) not in done:                          # of a question that was half done
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            done[i, j] = grade(text, questions[i]["answer"]) | {
-                "tokens": len(ids), "finished": bool(ids) and ids[-1] in stops}
-            append(part, {"index": i, "sample": j, **done[i, j]})
-
-    prompts = [sample.prompt_ids(tokenizer, questions[i]["question"], instruction)
-               for i in pending]
-    sample.generate(model, prompts, **options, eos_ids=stops, keys=pending, on_done=keep,
-                    token_budget=token_budget, progress=label)
-    rows = [{key: q[key] for key in ("question", "answer", "level", "subject") if key in q}
-            | (done[i, 0] if n == 1 else {"completions": [done[i, j] for j in range(n)]})
-            for i, q in enumerate(questions)]
+    prompts = [sample.prompt_ids(tokenizer, q["question"], instruction) for q in questions]
+    part = Path(f"{out}.part") if out else None
+    drawn = sample.generate_to(part, settings, model, prompts, range(len(prompts)), **options,
+                               eos_ids=stops, token_budget=token_budget, progress=label)
+    rows = []
+    for i, question in enumerate(questions):
+        row = {k: question[k] for k in ("question", "answer", "level", "subject") if k in question}
+        completions = [
+            grade(tokenizer.decode(drawn[i, j], skip_special_tokens=True), row["answer"])
+            | {"tokens": len(drawn[i, j]), "finished": drawn[i, j][-1] in stops}
+            for j in range(n)]
+        rows.append(row | (completions[0] if n == 1 else {"completions": completions}))
     if out:
         sample.write_jsonl(out, rows)
         part.unlink()
@@ -663,26 +656,6 @@ def grade(text: str, gold: str) -> dict:
     """Return a completion's text with the answer it gives, and whether that is right."""
     prediction = extract_answer(text)
     return {"text": text, "prediction": prediction, "correct": is_correct(prediction, gold)}
-
-
-def append(path: Path | None, row: dict) -> None:
-    """Add a line to a growing file, where there is one."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def open_part(part: Path | None, settings: dict) -> list[dict]:
-    """Return the completions of an interrupted run, or start its file; a torn line is dropped."""
-    rows = sample.read_jsonl(part, torn_ok=True) if part else []
-    if not rows:
-        append(part, settings)
-    for key, value in settings.items() if rows else ():
-        if rows[0].get(key) != value:
-            raise InputError(f"{part} is of a run with another {key} ({rows[0].get(key)!r}, now "
-                             f"{value!r}): delete it or choose another output file")
-    return rows[1:]
 
 
 # ------------------------------------------------------------------ 7. printing, command line

@@ -400,6 +400,18 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
         length = length + 1
 
 
+def peak_memory(device) -> float:
+    """GiB: the most that tensors have taken on a GPU, or that this process has taken on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether this error says that a batch was too large for the memory of the device."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -472,7 +484,8 @@ def generate(
                         bar.update()
                 new_tokens += len(step)
                 rate = new_tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{rate:,.0f} tok/s", False)
+                memory = peak_memory(model.device)
+                bar.set_postfix_str(f"{rate:,.0f} tok/s, {memory:.1f} GiB", False)
         except RuntimeError as error:
             longest = len(prompts[batch[0][0]]) + max_new_tokens
             if not out_of_memory(error) or budget <= longest:
@@ -485,24 +498,29 @@ def generate(
     return results
 
 
-def generate_to(part: Path, settings: dict, model, prompts, keys, *, n=1, **options) -> dict:
+def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -> dict:
     """generate(), kept in a file as it goes; returns {(key, sample): ids} of all that is in it.
 
-    keys: the numbers of the prompts. Every sequence is appended to `part` as it ends, and what a
-    stopped run left there is not made again. InputError if it was made with other settings.
+    keys: the numbers of the prompts. Every sequence is appended to the file `part` as it ends, and
+    what a stopped run left there is not made again. InputError if that run had other `settings`,
+    which are its first line. part = None keeps nothing.
     """
-    rows = read_jsonl(part, torn_ok=True)
-    if rows and rows[0] != settings:
-        raise InputError(f"{part} is of a run with other settings: delete it or change --out")
+    rows = read_jsonl(part, torn_ok=True) if part else []
+    for name, value in settings.items() if rows else ():
+        if rows[0].get(name) != value:
+            raise InputError(f"{part} is of a run with another {name} ({rows[0].get(name)!r}, now "
+                             f"{value!r}): delete it or choose another output file")
     drawn = {(row["key"], row["sample"]): row["ids"] for row in rows[1:]}
     todo = [i for i, key in enumerate(keys) if any((key, j) not in drawn for j in range(n))]
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "a", encoding="utf-8") as file:
+    if part:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part or os.devnull, "a", encoding="utf-8") as file:
 
         def keep(at, j, ids):
             key = keys[todo[at]]
-            drawn[key, j] = ids
-            print(json.dumps({"key": key, "sample": j, "ids": ids}), file=file, flush=True)
+            if (key, j) not in drawn:  # of a prompt whose samples were half done
+                drawn[key, j] = ids
+                print(json.dumps({"key": key, "sample": j, "ids": ids}), file=file, flush=True)
 
         if not rows:
             print(json.dumps(settings), file=file, flush=True)

@@ -90,8 +90,38 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
         rows.append(sample.sample_row(
             tokenizer, question, args.instruction, suffix, prompt, ids, kinds[i], stops
         ))
-    cost = {"sampled_tokens": sum(map(len, drawn.values())), "sampling_seconds": seconds}
-    return rows, cost | {"questions": len(questions), "dropped_questions": dropped}
+    tokens = sum(map(len, drawn.values()))
+    return rows, {
+        "sampled_tokens": tokens, "sampling_seconds": seconds,
+        "sampling_tokens_per_second": None if args.resume else tokens / seconds,
+        "questions": len(questions), "dropped_questions": dropped,
+    }
+
+
+def read_samples(tokenizer, args) -> list[dict]:
+    """Rows of samples.jsonl from --samples-from: this script's own, or responses made elsewhere.
+
+    A line from elsewhere holds "question" and "completion" (text, or messages as TRL has them).
+    Its "kind" is "full" or "prefix", drawn by --structure where it is not said; a prefix is cut
+    to --prefix tokens. A whole response ends its turn unless it says "finished": false.
+    """
+    rows = read_jsonl(args.samples_from, check=lambda row: None if {
+        "prompt_ids", "response_ids", "kind", "finished"} <= set(row) or {"question", "completion"
+        } <= set(row) else 'needs "question" and "completion", or the fields of samples.jsonl')
+    made = []
+    for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
+        if "response_ids" not in row:
+            kind, text = row.get("kind", kind), row["completion"]
+            text = text if isinstance(text, str) else text[-1]["content"]
+            end = [sample.end_of_turn(tokenizer)] if row.get("finished", True) else []
+            ids = tokenizer(text, add_special_tokens=False).input_ids + end
+            ids = ids[: args.prefix] if kind == "prefix" else ids
+            suffix = SUFFIX if kind == "prefix" and args.template else ""
+            prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction, suffix)
+            row = sample.sample_row(tokenizer, row, args.instruction, suffix, prompt, ids, kind,
+                                    {sample.end_of_turn(tokenizer)})
+        made.append(row)
+    return made
 
 
 # ---- 2. examples -----------------------------------------------------------------------------
@@ -312,9 +342,9 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         model.zero_grad()
         losses.append(loss)
         done_tokens += sum(map(length, batch))
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, {done_tokens / (time.perf_counter() - started):,.0f} tok/s", False
-        )
+        rate = done_tokens / (time.perf_counter() - started)
+        memory = sample.peak_memory(model.device)
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, {memory:.1f} GiB", False)
         bar.update()
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(plan):
             save_checkpoint(folder, model, optimizer, losses)
@@ -385,6 +415,7 @@ def parse_arguments(argv=None):
     g.add_argument("--temperature", type=float, default=0.6, help="of the training samples")
     g.add_argument("--samples", type=int, default=16, help="per question, for rft or the filter")
     g.add_argument("--label-filter", action="store_true", help="UPFT on samples that are right")
+    g.add_argument("--samples-from", help="train on the samples of this JSONL file, made elsewhere")
     g.add_argument("--template", action=yes_no, default=True,
                    help="end the user turn of a prefix example with the paper's task template")
     g.add_argument("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
@@ -422,10 +453,12 @@ def check_arguments(args) -> None:
             raise InputError(f"--{name} must lie between 0 and 1, not {getattr(args, name)}")
     if args.save_every < 0:
         raise InputError("--save-every must not be negative")
-    if args.data is None:
+    if args.data is None and not args.samples_from:
         raise InputError("--data is needed with --model: a prepared set or a JSONL file")
     if args.label_filter and args.method != "upft":
         raise InputError("--label-filter belongs to --method upft (RFT filters by itself)")
+    if args.samples_from and (args.label_filter or args.method == "rft"):
+        raise InputError("--samples-from takes samples as they are: filter them where they are made")
     if args.resume and not args.out:
         raise InputError("--resume needs --out, the folder of the run that was stopped")
     if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():
@@ -469,17 +502,20 @@ def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) 
     """samples.jsonl, from disk where the run already made it."""
     path = folder / "samples.jsonl"
     if not path.exists():
-        rows, cost = collect(model, tokenizer, questions, args, folder)
+        if args.samples_from:
+            rows, cost = questions, {"sampled_tokens": 0, "sampling_seconds": 0.0,
+                                     "questions": len(questions), "dropped_questions": 0}
+        else:
+            rows, cost = collect(model, tokenizer, questions, args, folder)
         if not rows:
             raise InputError("no sampled answer was right, so nothing is left to train on")
-        metrics.update(cost)
+        metrics.update(cost, sampling_peak_gib=sample.peak_memory(model.device))
         write_json(folder / "metrics.json", metrics)
         write_jsonl(path, rows)
-        (folder / "samples.jsonl.part").unlink()
-    rows = read_jsonl(path)
+        (folder / "samples.jsonl.part").unlink(missing_ok=True)
     print(f"sampled {metrics['sampled_tokens']:,} tokens for {metrics['questions']:,} questions in "
           f"{metrics['sampling_seconds']:.1f} s -> {path}")
-    return rows
+    return read_jsonl(path)
 
 
 def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
@@ -495,13 +531,16 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
             raise
         raise InputError(f"training ran out of memory: lower --micro-batch (now "
                          f"{args.micro_batch}), then --out {folder} --resume") from None
+    seconds, processed = time.perf_counter() - started, args.epochs * sum(map(length, examples))
     metrics |= {
         "examples": len(examples),
         "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
         "tuned_tokens": sum(len(e["response"]) for e in examples),
-        "processed_tokens": args.epochs * sum(map(length, examples)),
-        "training_seconds": time.perf_counter() - started,
+        "processed_tokens": processed,
+        "training_seconds": seconds,
+        "training_tokens_per_second": None if args.resume else processed / seconds,
+        "training_peak_gib": sample.peak_memory(model.device),
         "train_loss": losses,
     }
     model.save_pretrained(folder / "model.tmp")
@@ -584,11 +623,16 @@ def main(argv=None):
     """Sample, train, save, and compare the model before and after."""
     args = parse_arguments(argv)
     labels_needed = args.method == "rft" or args.label_filter
-    questions = sample.load_questions(args.data, "train", args.limit, need_answer=labels_needed)
+    questions = None if args.samples_from else sample.load_questions(
+        args.data, "train", args.limit, need_answer=labels_needed
+    )
     held_out = args.eval_data and sample.load_questions(
         args.eval_data, "test", args.eval_limit, need_answer=True
     )
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    if args.samples_from:
+        questions = read_samples(tokenizer, args)[: args.limit]
+        sample.check_length(model, [r["prompt_ids"] + r["response_ids"] for r in questions], 0)
     suffix = SUFFIX if args.template and args.method == "upft" else ""
     for rows, end in ((questions, suffix), (held_out or [], "")):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]

@@ -203,24 +203,26 @@ def test_an_interrupted_run_goes_on_where_it_was(small, questions, tmp_path, mon
     options = dict(n=2, temperature=1.0, **SETTINGS)
     whole = evaluate.evaluate(model, tokenizer, questions, **options)
     out, part = tmp_path / "p.jsonl", tmp_path / "p.jsonl.part"
-    real_grade, calls = evaluate.grade, []
+    real_generate, asked = sample.generate, []
 
-    def stop_after_seven(text, gold):
-        calls.append(text)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real_grade(text, gold)
+    def stop_after_seven(model, prompts, *, on_done, **options):
+        done = []
 
-    monkeypatch.setattr(evaluate, "grade", stop_after_seven)
+        def on_seven(*ended):
+            if len(done) == 7:
+                raise KeyboardInterrupt
+            done.append(ended)
+            on_done(*ended)
+
+        return real_generate(model, prompts, on_done=on_seven, **options)
+
+    monkeypatch.setattr(sample, "generate", stop_after_seven)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(model, tokenizer, questions, out=out, **options)
     assert not out.exists() and len(part.read_text().splitlines()) == 1 + 7
     part.write_text(part.read_text()[:-9])               # the last line is torn: six are left
-    asked = []
-    real_generate = sample.generate
     monkeypatch.setattr(sample, "generate", lambda model, prompts, **kw: asked.append(
         kw["keys"]) or real_generate(model, prompts, **kw))
-    calls.extend(["never again eight"] * 9)
     assert evaluate.evaluate(model, tokenizer, questions, out=out, **options) == whole
     assert 3 <= len(asked[0]) < len(questions) and not part.exists()
 
@@ -228,16 +230,14 @@ def test_an_interrupted_run_goes_on_where_it_was(small, questions, tmp_path, mon
 def test_a_part_file_of_another_run_is_refused(small, questions, tmp_path):
     model, tokenizer = small
     out, part = tmp_path / "p.jsonl", tmp_path / "p.jsonl.part"
-    evaluate.open_part(part, {"max_new_tokens": 40, "n": 1})
+    part.write_text('{"max_new_tokens": %d, "n": 1}\n' % SETTINGS["max_new_tokens"])
     before = part.read_text()
-    with pytest.raises(InputError, match="another temperature"):
+    with pytest.raises(InputError, match=r"another temperature \(None, now 0.0\)"):
         evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     assert part.read_text() == before
     part.write_text('{"sett')                            # stopped in the first line: starts again
-    assert evaluate.open_part(part, {"n": 1}) == []
-    assert json.loads(part.read_text()) == {"n": 1}
-    with pytest.raises(InputError, match=r"another n \(1, now 2\)"):
-        evaluate.open_part(part, {"n": 2})
+    evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
+    assert len(sample.read_jsonl(out)) == len(questions)
 
 
 # ---- the script ----------------------------------------------------------------------------------

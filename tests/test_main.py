@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 import upft
-from sample import DATA, TINY, read_jsonl
+from sample import DATA, TINY, InputError, read_jsonl
 
 SHORT = ["--limit", "40", "--eval-limit", "30", "--batch-size", "8"]
 
@@ -335,3 +335,30 @@ def test_out_of_memory_in_training_says_what_to_do_and_keeps_the_samples(tmp_pat
     monkeypatch.undo()
     assert len(read_jsonl(tmp_path / "run" / "samples.jsonl")) == 40
     run_upft(tmp_path / "run", "--eval-limit", "1", "--micro-batch", "4", "--resume")
+
+
+def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, capsys):
+    """Our own samples.jsonl gives the same weights; text from elsewhere is cut and closed."""
+    folder, ours = tmp_path / "again", finished[0] / "samples.jsonl"
+    run_upft(folder, "--samples-from", str(ours), "--eval-limit", "1")
+    assert same(weights(folder), weights(finished[0]))
+    assert json.loads((folder / "metrics.json").read_text())["sampled_tokens"] == 0
+    _, tokenizer = sample.load_model("tiny")
+    end, text = sample.end_of_turn(tokenizer), "Let's solve this step by step. 20 + 30 = 50."
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    lines = [{"question": "How many?", "completion": text, "kind": "prefix"},
+             {"question": "How many?", "kind": "full",
+              "completion": [{"role": "assistant", "content": text}]},
+             {"question": "How many?", "completion": text, "kind": "full", "finished": False}]
+    file = tmp_path / "elsewhere.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = tmp_path / "text"
+    run_upft(folder, "--samples-from", str(file), "--eval-limit", "1")
+    rows = read_jsonl(folder / "samples.jsonl")
+    assert [r["response_ids"] for r in rows] == [whole[:8], whole + [end], whole]
+    assert [r["finished"] for r in rows] == [False, True, False]
+    assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[1]["prompt"] == rows[2]["prompt"]
+    file.write_text('{"question": "How many?"}\n')
+    with pytest.raises(InputError, match='line 1: needs "question" and "completion"'):
+        run_upft(tmp_path / "bad", "--samples-from", str(file))
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,394 @@
+"""Remake the paper's figures and tables, on the embedded miniature or on any model.
+
+    python tests/reproduce.py coverage                     # Figure 2(a)
+    python tests/reproduce.py rollouts                     # Figure 2(b)
+    python tests/reproduce.py tables --seeds 0 1 2 3 4     # Tables 1 and 2
+    python tests/reproduce.py ablations --seeds 0 1 2      # Figure 3 and further choices
+    python tests/reproduce.py figures                      # pictures of all of it
+
+Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/runs,
+and what is already there is not made again: a stopped reproduction goes on, and two processes can
+share the seeds of one. A world that was made with other settings of data/make_tiny.py is
+    --model out/world --data out/world/train.jsonl --eval-data out/world/test.jsonl
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import evaluate  # noqa: E402
+import sample  # noqa: E402
+import upft  # noqa: E402
+
+METHODS = {  # Tables 1 and 2: what they train on is all that differs
+    "sft": ["--method", "sft"],
+    "rft": ["--method", "rft"],
+    "upft": [],
+    "upft + label filter": ["--label-filter"],
+}
+ABLATIONS = {  # one flag away from the defaults: t = 8, p = 0.1, template, no EOS, T = 0.6
+    **{f"t = {t}": ["--prefix", str(t)] for t in (1, 2, 4, 16, 32)},
+    "t = all": ["--method", "sft"],
+    **{f"p = {p}": ["--structure", str(p)] for p in (0, 0.05, 0.3, 1.0)},
+    "eos": ["--eos"],
+    "no template": ["--no-template"],
+    "token weighting": ["--weighting", "token"],
+    **{f"T = {t}": ["--temperature", str(t)] for t in (0.3, 1.0)},
+}
+
+
+# ---- what trajectories share -----------------------------------------------------------------
+
+
+def load(args, need_answer: bool):
+    """(model, tokenizer, questions, prompts, stop ids) of --model and --data."""
+    questions = sample.load_questions(args.data, "train", args.questions, need_answer)
+    model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
+    return model, tokenizer, questions, prompts, sample.stop_ids(model, tokenizer)
+
+
+def draw(args, model, prompts, stops, *, n, limit, seed):
+    """n responses to each prompt at --temperature."""
+    return sample.generate(
+        model, prompts, n=n, max_new_tokens=limit, temperature=args.temperature, eos_ids=stops,
+        seed=seed, token_budget=args.token_budget, progress="sample",
+    )  # fmt: skip
+
+
+def coverage(args):
+    """Figure 2(a): trajectories per distinct prefix of t tokens, mean over the questions."""
+    model, _, _, prompts, stops = load(args, need_answer=False)
+    drawn = draw(args, model, prompts, stops, n=args.samples, limit=max(args.lengths),
+                 seed=args.seed)  # fmt: skip
+    rows = []
+    for t in args.lengths:
+        shared = np.array([len(r) / len({tuple(ids[:t]) for ids in r}) for r in drawn])
+        low, high = evaluate.bootstrap(shared)
+        rows.append({"t": t, "mean": float(shared.mean()), "low": low, "high": high})
+        print(f"t = {t:<4} {shared.mean():7.2f} trajectories a prefix  [{low:.2f}, {high:.2f}]")
+    print(f"{len(prompts)} questions x {args.samples} samples, temperature {args.temperature}")
+    save(args, "coverage", {"questions": len(prompts), "samples": args.samples, "rows": rows})
+
+
+def rollouts(args):
+    """Figure 2(b): success from the first t tokens of a right and of a wrong trajectory."""
+    model, tokenizer, questions, prompts, stops = load(args, need_answer=True)
+    right = lambda ids, q: evaluate.grade(
+        tokenizer.decode(ids, skip_special_tokens=True), q["answer"])["correct"]  # fmt: skip
+    starts = []  # (question number, a right trajectory, a wrong one)
+    for i, row in enumerate(draw(args, model, prompts, stops, n=args.samples,
+                                 limit=args.max_new_tokens, seed=args.seed)):  # fmt: skip
+        graded = {right(ids, questions[i]): ids for ids in reversed(row)}
+        if len(graded) == 2:
+            starts.append((i, graded[True], graded[False]))
+    if not starts:
+        raise sample.InputError("no question had both a right and a wrong trajectory")
+    print(f"{len(starts)} of {len(prompts)} questions had a right and a wrong trajectory")
+    rows = []
+    for t in args.lengths:
+        # What ended within t tokens is over: nothing is sampled after it.
+        cases = [(i, ids[:t]) for i, *both in starts for ids in both]
+        open_ = [k for k, (_, ids) in enumerate(cases) if not (ids and ids[-1] in stops)]
+        drawn = draw(args, model, [prompts[cases[k][0]] + cases[k][1] for k in open_], stops,
+                     n=args.rollouts, limit=args.max_new_tokens - t, seed=args.seed + 1 + t)
+        ends = {k: [cases[k][1] + new for new in row] for k, row in zip(open_, drawn)}
+        success = np.array([
+            np.mean([right(ids, questions[i]) for ids in ends.get(k, [start])])
+            for k, (i, start) in enumerate(cases)
+        ]).reshape(-1, 2)  # (questions, [right start, wrong start])  # fmt: skip
+        row = {"t": t}
+        for name, values in (("right", success[:, 0]), ("wrong", success[:, 1]),
+                             ("gap", success[:, 0] - success[:, 1])):  # fmt: skip
+            row[name] = [float(values.mean()), *evaluate.bootstrap(values)]
+        rows.append(row)
+        print(f"t = {t:<4}" + "  ".join(
+            f"{name} {100 * m:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            for name, (m, low, high) in list(row.items())[1:]))  # fmt: skip
+    together = [r["t"] for r in rows if r["gap"][1] <= 0]
+    print(f"the curves part after t = {max(together, default=0)} "
+          "(the last t at which the interval of the gap holds zero)")
+    save(args, "rollouts", {"questions": len(starts), "rollouts": args.rollouts, "rows": rows})
+
+
+# ---- fine-tuning runs ------------------------------------------------------------------------
+
+
+def asked(args, model, tokenizer, path: Path, n: int = 1) -> list[dict]:
+    """Graded answers to the held-out questions; n > 1: at T = 0.6, of the first --several only."""
+    if path.exists():
+        return sample.read_jsonl(path)
+    questions = sample.load_questions(args.eval_data, "test", args.eval_limit, need_answer=True)
+    return evaluate.evaluate(
+        model, tokenizer, questions[: args.several] if n > 1 else questions, out=path, n=n,
+        max_new_tokens=args.max_new_tokens, instruction=args.instruction, seed=args.seed,
+        temperature=0.6 if n > 1 else 0.0, token_budget=args.token_budget, label=path.stem,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def likelihood(args, model, tokenizer) -> float | None:
+    """Mean log-likelihood a token of held-out reference solutions, where --solutions has some."""
+    if not args.solutions:
+        return None
+    nll, tokens = 0.0, 0
+    for row in sample.load_questions(args.solutions, "test", args.several):
+        prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction)
+        response = tokenizer(row["solution"], add_special_tokens=False).input_ids
+        nll += upft.response_nll(model, [{"prompt": prompt, "response": response}]).sum().item()
+        tokens += len(response)
+    return -nll / tokens
+
+
+def measure(args, model_name, folder: Path) -> dict:
+    """What a model can do: greedy, eight samples, likelihood of the reference solutions."""
+    model, tokenizer = sample.load_model(model_name, args.device, args.dtype)
+    result = {"greedy": evaluate.summarize(asked(args, model, tokenizer, folder / "greedy.jsonl"))}
+    if args.several:
+        rows = asked(args, model, tokenizer, folder / "several.jsonl", n=8)
+        result["several"] = evaluate.summarize(rows)
+    return result | {"log_likelihood": likelihood(args, model, tokenizer)}
+
+
+def base_of(args) -> dict:
+    """The model before, measured once."""
+    record = args.out / "runs" / "base" / "result.json"
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        upft.write_json(record, measure(args, args.model, record.parent))
+    return json.loads(record.read_text())
+
+
+def run(args, name: str, flags: list[str], seed: int) -> dict:
+    """One fine-tuning run and what it did; read from its folder where it is already there."""
+    folder = args.out / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
+    record = folder / "result.json"
+    if not record.exists():
+        resume = ["--resume"] if (folder / "settings.json").exists() else []
+        upft.main(["--model", args.model, "--data", args.data, "--eval-data", "", "--seed",
+                   str(seed), "--out", str(folder), "--device", args.device, "--dtype", args.dtype,
+                   *(["--limit", str(args.limit)] if args.limit else []),
+                   *flags, *args.extra.split(), *resume])  # fmt: skip
+        metrics = json.loads((folder / "metrics.json").read_text())
+        upft.write_json(record, metrics | measure(args, str(folder / "model"), folder))
+    return json.loads(record.read_text())
+
+
+def gains(args, folders: list[Path]) -> np.ndarray:
+    """Tuned minus base, (runs, questions), of the greedy answers."""
+    base = evaluate.question_means(sample.read_jsonl(args.out / "runs/base/greedy.jsonl"))
+    return np.array([evaluate.question_means(sample.read_jsonl(f / "greedy.jsonl")) - base
+                     for f in folders])  # fmt: skip
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (seeds, questions), both resampled."""
+    rng, (rows, columns) = np.random.default_rng(0), values.shape
+    means = [values[rng.integers(rows, size=rows)].mean(0)[rng.integers(columns, size=columns)]
+             .mean() for _ in range(draws)]  # fmt: skip
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def compare(args, name: str, variants: dict) -> None:
+    """Run every variant with every seed, print a row for each, save them as <name>.json."""
+    base = base_of(args)
+    rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base])}]
+    for seed in args.seeds:  # seed by seed, so that a part of the whole can be looked at early
+        for variant, flags in variants.items():
+            run(args, variant, flags, seed)
+    for variant, flags in variants.items():
+        results = [run(args, variant, flags, seed) for seed in args.seeds]
+        folders = [args.out / "runs" / f"{variant.replace(' ', '-')}-seed{s}" for s in args.seeds]
+        accuracies = [r["greedy"]["accuracy"] for r in results]
+        values = gains(args, folders)
+        low, high = interval(values)
+        mean = lambda key: float(np.mean([r[key] for r in results]))
+        rows.append({
+            "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
+            "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
+            "difference": float(values.mean()), "low": low, "high": high, **extras(results),
+            **{key: mean(key) for key in ("sampled_tokens", "tuned_tokens", "processed_tokens",
+                                          "sampling_seconds", "training_seconds")},
+        })  # fmt: skip
+    for row in rows:
+        print(line(row))
+    print(f"seeds {args.seeds}; {base['greedy']['n']} questions; the interval is over questions "
+          "and seeds; mean@8, maj@8, pass@8 at temperature 0.6")  # fmt: skip
+    save(args, name, {"model": args.model, "questions": base["greedy"]["n"], "rows": rows})
+
+
+def extras(results: list[dict]) -> dict:
+    """Means over the runs of what is measured beside the accuracy."""
+    found = {"tokens": [r["greedy"]["mean_tokens"] for r in results],
+             "log_likelihood": [r["log_likelihood"] for r in results]}  # fmt: skip
+    for key in ("mean@8", "maj@8", "pass@8"):
+        found[key] = [r.get("several", {}).get(key) for r in results]
+    return {k: None if None in v else float(np.mean(v)) for k, v in found.items()}
+
+
+def line(row: dict) -> str:
+    """One variant in a table."""
+    percent = lambda key: "      -" if row.get(key) is None else f"{100 * row[key]:6.1f}%"
+    text = f"{row['variant']:<22}{percent('accuracy')}"
+    if "difference" in row:
+        text += (f" (sd{percent('sd')})  {100 * row['difference']:+5.1f} "
+                 f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]".ljust(34))  # fmt: skip
+    text = text.ljust(60) + "".join(f" {k} {percent(k)}" for k in ("mean@8", "maj@8", "pass@8"))
+    text += f"  {row['tokens']:5.0f} tokens an answer"
+    if row["log_likelihood"] is not None:
+        text += f"  log-likelihood {row['log_likelihood']:.4f}"
+    if "difference" in row:
+        text += (f"  sampled {row['sampled_tokens']:,.0f}  tuned {row['tuned_tokens']:,.0f}  "
+                 f"{row['sampling_seconds']:.0f} + {row['training_seconds']:.0f} s")  # fmt: skip
+    return text
+
+
+def tables(args):
+    """Tables 1 and 2: base, SFT, RFT, UPFT, UPFT + label filter."""
+    compare(args, "tables", {name: METHODS[name] for name in args.methods})
+
+
+def ablations(args):
+    """Figure 3: prefix length and structure share; and every other choice of ours."""
+    variants = {"t = 8": [], **ABLATIONS}
+    compare(args, "ablations", {k: v for k, v in variants.items() if k in (args.only or variants)})
+
+
+# ---- pictures --------------------------------------------------------------------------------
+
+
+def bars(pairs, width: int = 50) -> None:
+    """A chart in text: one (label, value) a line."""
+    top = max(value for _, value in pairs)
+    for label, value in pairs:
+        print(f"{label:>24} {value:8.3f} {'#' * round(width * value / top)}")
+
+
+def figures(args):
+    """Draw what the other commands found: <out>/*.json -> <out>/*.svg, or charts in text."""
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(args.out.glob("*.json"))}
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return text_figures(found)
+    matplotlib.rcParams["svg.hashsalt"] = "upft"  # the same numbers give the same file
+    for name, chart in {"coverage": draw_coverage, "rollouts": draw_rollouts,
+                        "ablations": draw_prefix, "tables": draw_cost}.items():  # fmt: skip
+        if name in found:
+            figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+            chart(axes, found[name]["rows"])
+            figure.savefig(args.out / f"{name}.svg", metadata={"Date": None})
+            print(args.out / f"{name}.svg")
+
+
+def text_figures(found: dict) -> None:
+    """The same numbers without matplotlib."""
+    print("matplotlib is not installed (pip install matplotlib), so these are charts in text")
+    for name, value in found.items():
+        print(f"\n{name}")
+        for key in ("right", "wrong") if name == "rollouts" else ("",):
+            bars([(f"{key} t = {r['t']}" if "t" in r else r["variant"],
+                   r[key][0] if key else r.get("mean", r.get("accuracy")))
+                  for r in value["rows"]])  # fmt: skip
+
+
+def draw_coverage(axes, rows):
+    """Trajectories per distinct prefix against t."""
+    t = [r["t"] for r in rows]
+    axes.plot(t, [r["mean"] for r in rows], "o-")
+    axes.fill_between(t, [r["low"] for r in rows], [r["high"] for r in rows], alpha=0.25)
+    axes.set(xscale="log", yscale="log", xlabel="prefix length t (tokens)",
+             ylabel="trajectories per distinct prefix")  # fmt: skip
+    axes.set_xticks(t, t)
+
+
+def draw_rollouts(axes, rows):
+    """Success after a right and after a wrong start against t."""
+    t = [r["t"] for r in rows]
+    for name in ("right", "wrong"):
+        mean, low, high = np.array([r[name] for r in rows]).T
+        axes.plot(t, mean, "o-", label=f"after the start of a {name} trajectory")
+        axes.fill_between(t, low, high, alpha=0.25)
+    axes.set(xlabel="tokens t of the start", ylabel="success of rollouts", ylim=(0, 1))
+    axes.legend()
+
+
+def draw_prefix(axes, rows):
+    """Accuracy against the prefix length, every seed a point."""
+    by_name = {r["variant"]: r for r in rows}
+    names = [f"t = {t}" for t in (1, 2, 4, 8, 16, 32, "all") if f"t = {t}" in by_name]
+    for x, name in enumerate(names):
+        axes.plot([x] * len(by_name[name]["seeds"]), by_name[name]["seeds"], "o", color="C0")
+    axes.plot([by_name[name]["accuracy"] for name in names], color="C0")
+    axes.axhline(by_name["base"]["accuracy"], color="grey", linestyle="--", label="base")
+    axes.set_xticks(range(len(names)), [name[4:] for name in names])
+    axes.set(xlabel="prefix length t (tokens)", ylabel="accuracy")
+    axes.legend()
+
+
+def draw_cost(axes, rows):
+    """Accuracy against the tokens that were sampled."""
+    for row in rows[1:]:
+        error = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+        axes.errorbar(row["sampled_tokens"], row["accuracy"], np.abs(error), fmt="o", capsize=3,
+                      label=row["variant"])  # fmt: skip
+    axes.axhline(rows[0]["accuracy"], color="grey", linestyle="--", label="base")
+    axes.set(xscale="log", xlabel="sampled tokens", ylabel="accuracy")
+    axes.legend()
+
+
+# ---- script ----------------------------------------------------------------------------------
+
+
+def save(args, name: str, value: dict) -> None:
+    """<out>/<name>.json."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    upft.write_json(args.out / f"{name}.json", value)
+    print(f"-> {args.out / name}.json")
+
+
+def main(argv=None):
+    """Run one subcommand."""
+    commands = {f.__name__: f for f in (coverage, rollouts, tables, ablations, figures)}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("command", choices=commands)
+    flag("--data", default="tiny", help="questions to sample from and to train on")
+    flag("--eval-data", default="tiny", help="held-out questions")
+    flag("--eval-limit", type=int, help="only the first held-out questions")
+    flag("--out", type=Path, default=ROOT / "out/reproduce", help="folder of numbers and runs")
+    flag("--seed", type=int, default=0, help="of coverage, rollouts and sampled evaluation")
+    flag("--temperature", type=float, default=0.6, help="of coverage and rollouts")
+    flag("--questions", type=int, default=200, help="of coverage and rollouts")
+    flag("--samples", type=int, help="a question (default: coverage 64, rollouts 16)")
+    flag("--rollouts", type=int, default=32, help="from each start")
+    flag("--lengths", type=int, nargs="+", help="values of t (default: powers of 2 up to 64)")
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
+    flag("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of tables")
+    flag("--only", nargs="+", help="these ablations only, by name")
+    flag("--limit", type=int, help="only the first training questions")
+    flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
+    flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
+    flag("--extra", default="", help="further flags for every run of upft.py, in one string")
+    sample.add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    sample.fill_defaults(args)
+    args.samples = args.samples or (64 if args.command == "coverage" else 16)
+    args.lengths = args.lengths or [0] * (args.command == "rollouts") + [2**k for k in range(7)]
+    commands[args.command](args)
+
+
+if __name__ == "__main__":
+    sample.run(main)
