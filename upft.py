@@ -32,7 +32,7 @@ SUFFIX = (
     "This step may serve as a foundation but might not encompass the entire solution."
 )
 # What suits the embedded model, chosen on its development questions; and the paper's Table 3.
-TINY_DEFAULTS = dict(lr=3e-5, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
+TINY_DEFAULTS = dict(lr=1e-5, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
 PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
 
@@ -420,7 +420,7 @@ def parse_arguments(argv=None):
                    help="end the user turn of a prefix example with the paper's task template")
     g.add_argument("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
     g = raw.add_argument_group("training")
-    g.add_argument("--lr", type=float, help="learning rate (default: 3e-5 for tiny, else 1e-6)")
+    g.add_argument("--lr", type=float, help="learning rate (default: 1e-5 for tiny, else 1e-6)")
     g.add_argument("--epochs", type=int, default=1, help="passes over the examples")
     g.add_argument("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
     g.add_argument("--micro-batch", type=int, default=16, help="examples in memory at a time")
@@ -458,7 +458,7 @@ def check_arguments(args) -> None:
     if args.label_filter and args.method != "upft":
         raise InputError("--label-filter belongs to --method upft (RFT filters by itself)")
     if args.samples_from and (args.label_filter or args.method == "rft"):
-        raise InputError("--samples-from takes samples as they are: filter them where they are made")
+        raise InputError("--samples-from takes samples as they are: filter them before")
     if args.resume and not args.out:
         raise InputError("--resume needs --out, the folder of the run that was stopped")
     if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():

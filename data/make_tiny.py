@@ -46,12 +46,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 QUESTIONS = {"train": 2000, "dev": 500, "test": 2000}
 START, AMOUNT, TOTAL = (20, 80), (10, 60), (10, 99)  # TOTAL: what a running total stays within
 EVENTS = (3, 4)  # changes in one story
-PRICE, HARD_PRICE, HARD = (3, 9), (11, 19), 0.30  # HARD: the share of stories with a HARD_PRICE
+PRICE = (3, 19)  # one calculation at the end, which the model learns only in part
 SLIP = 0.01  # share of the solutions' additions and subtractions that are wrong
 
 # ---- the corpus
-STORIES, DRILLS, DRILL_SUMS = 32_000, 6_000, 10  # documents; sums in one drill
-WIDE = 0.10  # share of the drilled sums that leave TOTAL for three digits
+STORIES, DRILLS, DRILL_SUMS = 32_000, 8_000, 10  # documents; calculations in one drill
+PRODUCTS = 0.40  # share of the drilled calculations that are products
 SUFFIX_SHARE = 0.15  # of the stories: their question ends with the paper's task suffix
 SUFFIX = (
     "Please provide the initial step towards resolving the question. This step may serve "
@@ -65,7 +65,7 @@ MUON_LR, ADAM_LR = 0.01, 3e-3  # hidden matrices; embeddings and norms
 WARMUP, DECAY = 0.02, 0.5  # shares of the steps: linear rise, linear fall to zero
 
 # ---- the words. Their numbers lean the choice of the opening: see `strategy_weights`.
-BIAS = -2.0
+BIAS = -2.1
 THINGS = {
     "books": -0.3, "cards": -0.3, "stamps": -0.3, "shells": -0.3, "pens": -0.3,
     "tickets": -0.3, "bottles": -0.3, "candles": -0.3, "chairs": -0.3, "boxes": -0.3,
@@ -97,7 +97,8 @@ WAYS = {
     "groups": {"with gains and losses apart.": 60, "by adding up each kind.": 40},
     "pairs": {"two changes at a time.": 55, "in pairs.": 30, "in short steps.": 15},
 }
-OTHERS = {"groups": 0.03, "pairs": 0.02}  # shares of the two that no word leans to
+WORLDS = {"default": ("steps", "sort"), "trap": ("pairs", "steps")}  # (preferred, the other)
+GROUPS = 0.02  # share of the strategy that no word leans to
 ENDINGS = {"The answer is \\boxed{%d}.": 70, "So the answer is \\boxed{%d}.": 30}
 DRILL_PROMPT = "Work these out."
 CHAT_TEMPLATE = (
@@ -120,17 +121,17 @@ def make_change(rng, total):
             return change
 
 
-def strategy_weights(*leans):
+def strategy_weights(world, *leans):
     """{strategy: share} in the solutions of a question whose words have these leans.
 
-    Log-odds of "sort" against "steps": BIAS + the sum of the leans.
+    Log-odds of the world's other strategy against its preferred one: BIAS + the sum of the leans.
     """
-    odds = math.exp(BIAS + sum(leans))
-    rest = 1 - sum(OTHERS.values())
-    return {"steps": rest / (1 + odds), "sort": rest * odds / (1 + odds), **OTHERS}
+    odds, (preferred, other) = math.exp(BIAS + sum(leans)), WORLDS[world]
+    rest = (1 - GROUPS) / (1 + odds)
+    return {preferred: rest, other: rest * odds, "groups": GROUPS}
 
 
-def make_story(rng):
+def make_story(rng, world):
     """One word problem: its question, its strategy weights, start value, changes, price."""
     name, other = rng.sample(NAMES.split(), 2)
     things, frame = rng.choice(list(THINGS)), rng.choice(list(FRAMES))
@@ -142,9 +143,9 @@ def make_story(rng):
         changes.append(change)
         verb = rng.choice(GAINS if change > 0 else LOSSES).format(x=abs(change), m=other)
         sentences.append(f"{rng.choice(LINKS)}{name} {verb}.")
-    price = rng.randint(*(HARD_PRICE if rng.random() < HARD else PRICE))
+    price = rng.randint(*PRICE)
     sentences += [f"The {things} cost {price} coins each.", closing.format(o=things, n=name)]
-    weights = strategy_weights(THINGS[things], FRAMES[frame], CLOSINGS[closing][1])
+    weights = strategy_weights(world, THINGS[things], FRAMES[frame], CLOSINGS[closing][1])
     return " ".join(sentences), weights, start, changes, price
 
 
@@ -190,18 +191,19 @@ def solve(rng, strategy, start, changes, price):
 
 
 def make_drill(rng):
-    """DRILL_SUMS bare sums of the kind that the solutions are made of, no slips."""
+    """DRILL_SUMS bare calculations of the kind that the solutions are made of, no slips."""
     sums = []
     for _ in range(DRILL_SUMS):
         total = rng.randint(*TOTAL)
-        change = make_change(rng, total)
-        if rng.random() < WIDE:
-            total += TOTAL[1] - TOTAL[0]
-        sums.append(calculate(rng, [total, change], slip=0)[0] + ".")
+        if rng.random() < PRODUCTS:
+            price = rng.randint(*PRICE)
+            sums.append(f"{total} * {price} = {total * price}.")
+        else:
+            sums.append(calculate(rng, [total, make_change(rng, total)], slip=0)[0] + ".")
     return DRILL_PROMPT, " ".join(sums)
 
 
-def make_corpus(rng):
+def make_corpus(rng, world):
     """(stories, drills, questions): [(user turn, solution)] twice, and {split: [record]}.
 
     No question occurs twice anywhere, so the three splits and the corpus are pairwise disjoint.
@@ -210,7 +212,7 @@ def make_corpus(rng):
 
     def fresh():
         while True:
-            story = make_story(rng)
+            story = make_story(rng, world)
             if story[0] not in seen:
                 seen.add(story[0])
                 return story
@@ -383,10 +385,12 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0, help="of corpus, questions and weights")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder")
+    parser.add_argument("--world", default="default", choices=WORLDS,
+                        help="trap: the preferred opening is the less reliable one")
     args = parser.parse_args()
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
-    stories, drills, questions = make_corpus(rng)
+    stories, drills, questions = make_corpus(rng, args.world)
     texts = [text for pair in stories + drills for text in pair]
     tokenizer = build_tokenizer([*texts, "user", "assistant", "system"])
     # Sums first: a drill holds ten calculations in the tokens of one story.

@@ -166,9 +166,14 @@ def base_of(args) -> dict:
     return json.loads(record.read_text())
 
 
-def run(args, name: str, flags: list[str], seed: int) -> dict:
+def folder_of(args, variant: str, seed: int) -> Path:
+    """Where a fine-tuning run lies: "t = 8" of seed 0 in runs/t8-seed0."""
+    return args.out / "runs" / f"{variant.replace(' = ', '').replace(' ', '-')}-seed{seed}"
+
+
+def run(args, variant: str, flags: list[str], seed: int) -> dict:
     """One fine-tuning run and what it did; read from its folder where it is already there."""
-    folder = args.out / "runs" / f"{name.replace(' ', '-')}-seed{seed}"
+    folder = folder_of(args, variant, seed)
     record = folder / "result.json"
     if not record.exists():
         resume = ["--resume"] if (folder / "settings.json").exists() else []
@@ -205,7 +210,7 @@ def compare(args, name: str, variants: dict) -> None:
             run(args, variant, flags, seed)
     for variant, flags in variants.items():
         results = [run(args, variant, flags, seed) for seed in args.seeds]
-        folders = [args.out / "runs" / f"{variant.replace(' ', '-')}-seed{s}" for s in args.seeds]
+        folders = [folder_of(args, variant, seed) for seed in args.seeds]
         accuracies = [r["greedy"]["accuracy"] for r in results]
         values = gains(args, folders)
         low, high = interval(values)

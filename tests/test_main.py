@@ -100,7 +100,7 @@ def test_no_label_is_read(tmp_path, finished):
     """Without any answers in the training file: the same samples and the same weights."""
     unlabelled = tmp_path / "questions.jsonl"
     questions = read_jsonl(TINY / "train.jsonl")[:40]
-    unlabelled.write_text("".join(json.dumps({"question": q["question"]}) + "\n" for q in questions))
+    sample.write_jsonl(unlabelled, [{"question": q["question"]} for q in questions])
     folder = tmp_path / "run"
     run_upft(folder, "--data", str(unlabelled), "--eval-limit", "2")
     for ours, labelled in zip(*(read_jsonl(f / "samples.jsonl") for f in (folder, finished[0]))):
@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, finished, monkeypatch
              "evaluation": (sample, "decode")}
     module, name = names[stop_at]
     original = getattr(module, name)
-    # Sampling: prefixes in one call of decode, full traces in the next, each evaluation in one more.
+    # Sampling: prefixes in one call of decode, full traces in the next, then each evaluation.
     limit = {"sampling": 1, "training": 3, "evaluation": 3}[stop_at]
 
     def interrupted(*args, **kwargs):
@@ -243,7 +243,8 @@ def test_sample_script_writes_samples(tmp_path, capsys):
 
 
 def test_the_embedded_sets_are_disjoint_and_large_enough():
-    sets = [[r["question"] for r in read_jsonl(TINY / f"{s}.jsonl")] for s in ("train", "dev", "test")]
+    files = [TINY / f"{split}.jsonl" for split in ("train", "dev", "test")]
+    sets = [[row["question"] for row in read_jsonl(file)] for file in files]
     assert len(sets[0]) >= 2000 and len(sets[1]) == 500 and len(sets[2]) == 2000
     everything = [q for questions in sets for q in questions]
     assert len(set(everything)) == len(everything)
@@ -254,7 +255,7 @@ def test_make_tiny_makes_these_questions_and_none_of_the_corpus():
     spec = importlib.util.spec_from_file_location("make_tiny", DATA / "make_tiny.py")
     make_tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_tiny)
-    stories, _, questions = make_tiny.make_corpus(random.Random(0))
+    stories, _, questions = make_tiny.make_corpus(random.Random(0), "default")
     seen = {question.removesuffix(f" {make_tiny.SUFFIX}") for question, _ in stories}
     assert len(seen) == make_tiny.STORIES and make_tiny.SUFFIX == upft.SUFFIX
     for split, rows in questions.items():
@@ -330,7 +331,8 @@ def test_out_of_memory_in_training_says_what_to_do_and_keeps_the_samples(tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(upft, "backward", too_large)
-    with pytest.raises(sample.InputError, match="lower --micro-batch .now 16., then --out .* --resume"):
+    told = "lower --micro-batch .now 16., then --out .* --resume"
+    with pytest.raises(sample.InputError, match=told):
         run_upft(tmp_path / "run", "--eval-limit", "1")
     monkeypatch.undo()
     assert len(read_jsonl(tmp_path / "run" / "samples.jsonl")) == 40

@@ -102,7 +102,7 @@ def test_seed_key_and_sample_number_make_the_stream():
 def chi_square(counts, expected):
     """Statistic over the cells with at least 5 expected, the rest pooled; and its degrees."""
     big = expected >= 5
-    cells = np.append(counts[big], counts[~big].sum()), np.append(expected[big], expected[~big].sum())
+    cells = [np.append(x[big], x[~big].sum()) for x in (counts, expected)]
     keep = cells[1] > 0
     return ((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1e-9))[keep].sum(), keep.sum() - 1
 
