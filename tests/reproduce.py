@@ -34,8 +34,9 @@ METHODS = {  # Tables 1 and 2: what they train on is all that differs
     "upft + label filter": ["--label-filter"],
 }
 ABLATIONS = {  # one flag away from the defaults: t = 8, p = 0.1, template, no EOS, T = 0.6
+    "upft": [],
     **{f"t = {t}": ["--prefix", str(t)] for t in (1, 2, 4, 16, 32)},
-    "t = all": ["--method", "sft"],
+    "sft": ["--method", "sft"],  # t = all
     **{f"p = {p}": ["--structure", str(p)] for p in (0, 0.05, 0.3, 1.0)},
     "eos": ["--eos"],
     "no template": ["--no-template"],
@@ -262,8 +263,8 @@ def tables(args):
 
 def ablations(args):
     """Figure 3: prefix length and structure share; and every other choice of ours."""
-    variants = {"t = 8": [], **ABLATIONS}
-    compare(args, "ablations", {k: v for k, v in variants.items() if k in (args.only or variants)})
+    chosen = args.only or ABLATIONS
+    compare(args, "ablations", {k: flags for k, flags in ABLATIONS.items() if k in chosen})
 
 
 # ---- pictures --------------------------------------------------------------------------------
@@ -330,13 +331,14 @@ def draw_rollouts(axes, rows):
 
 def draw_prefix(axes, rows):
     """Accuracy against the prefix length, every seed a point."""
-    by_name = {r["variant"]: r for r in rows}
-    names = [f"t = {t}" for t in (1, 2, 4, 8, 16, 32, "all") if f"t = {t}" in by_name]
-    for x, name in enumerate(names):
-        axes.plot([x] * len(by_name[name]["seeds"]), by_name[name]["seeds"], "o", color="C0")
-    axes.plot([by_name[name]["accuracy"] for name in names], color="C0")
-    axes.axhline(by_name["base"]["accuracy"], color="grey", linestyle="--", label="base")
-    axes.set_xticks(range(len(names)), [name[4:] for name in names])
+    names = {"t = 1": 1, "t = 2": 2, "t = 4": 4, "upft": 8, "t = 16": 16, "t = 32": 32, "sft": "all"}
+    found = {names[r["variant"]]: r for r in rows if r["variant"] in names}
+    lengths = [t for t in names.values() if t in found]
+    for x, t in enumerate(lengths):
+        axes.plot([x] * len(found[t]["seeds"]), found[t]["seeds"], "o", color="C0")
+    axes.plot([found[t]["accuracy"] for t in lengths], color="C0")
+    axes.axhline(rows[0]["accuracy"], color="grey", linestyle="--", label="base")
+    axes.set_xticks(range(len(lengths)), lengths)
     axes.set(xlabel="prefix length t (tokens)", ylabel="accuracy")
     axes.legend()
 
@@ -382,7 +384,7 @@ def main(argv=None):
     flag("--lengths", type=int, nargs="+", help="values of t (default: powers of 2 up to 64)")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
     flag("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of tables")
-    flag("--only", nargs="+", help="these ablations only, by name")
+    flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
     flag("--limit", type=int, help="only the first training questions")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
