@@ -648,7 +648,7 @@ def evaluate(model, tokenizer, questions, *, out=None, max_new_tokens, n=1, temp
         rows.append(row | (completions[0] if n == 1 else {"completions": completions}))
     if out:
         sample.write_jsonl(out, rows)
-        part.unlink()
+        part.unlink(missing_ok=True)
     return rows
 
 

@@ -9,6 +9,7 @@ template, and a response is the list of ids that the model sampled. Text is made
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -400,10 +401,13 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
         length = length + 1
 
 
-def peak_memory(device) -> float:
-    """GiB: the most that tensors have taken on a GPU, or that this process has taken on a CPU."""
+def peak_memory(device, reset: bool = False) -> float:
+    """GiB: the most that tensors took on a GPU since the last reset, or this process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
     try:
         import resource  # not on Windows
     except ImportError:
@@ -455,6 +459,8 @@ def generate(
     progress: a label for a bar, or None.
     """
     check_length(model, prompts, max_new_tokens)
+    if max_new_tokens < 1:
+        return [[[] for _ in range(n)] for _ in prompts]
     keys = range(len(prompts)) if keys is None else keys
     budget = token_budget or TOKEN_BUDGET
     results = [[None] * n for _ in prompts]
@@ -583,7 +589,8 @@ def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
     prompts = [prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     stops = stop_ids(model, tokenizer)
-    settings = options | {"seed": args.seed, "model": args.model, "instruction": args.instruction}
+    settings = options | {"seed": args.seed, "model": args.model, "n": args.n,
+                          "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
     part = Path(f"{args.out}.part")
     drawn = generate_to(
         part, settings, model, prompts, range(len(prompts)), n=args.n, eos_ids=stops,

@@ -63,10 +63,9 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     started = time.perf_counter()
-    for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
-        # Whether an answer is right shows only at its end, so filtered samples are all full ones.
-        if filtered and kind == "prefix":
-            continue
+    limits = [("prefix", args.prefix), ("full", args.max_new_tokens)]
+    # Whether an answer is right shows only at its end, so filtered samples are all full ones.
+    for kind, limit in limits[filtered:]:
         keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
         drawn = sample.generate_to(
             folder / "samples.jsonl.part", {}, model, [prompts[i] for i in keys], keys, n=n,
@@ -94,33 +93,49 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     return rows, {
         "sampled_tokens": tokens, "sampling_seconds": seconds,
         "sampling_tokens_per_second": None if args.resume else tokens / seconds,
+        "sampling_peak_gib": sample.peak_memory(model.device, reset=True),
         "questions": len(questions), "dropped_questions": dropped,
     }
+
+
+def check_sample(row: dict) -> str | None:
+    """What is wrong with a line of --samples-from, or None."""
+    whole = {"prompt_ids", "response_ids", "kind", "finished"} <= set(row)
+    if not isinstance(row.get("question"), str) or not (whole or row.get("completion")):
+        return 'needs "question" and "completion", or the fields of samples.jsonl'
+    if row.get("kind", "full") not in ("prefix", "full"):
+        return f'"kind" is {row["kind"]!r}, not "prefix" or "full"'
 
 
 def read_samples(tokenizer, args) -> list[dict]:
     """Rows of samples.jsonl from --samples-from: this script's own, or responses made elsewhere.
 
     A line from elsewhere holds "question" and "completion" (text, or messages as TRL has them).
-    Its "kind" is "full" or "prefix", drawn by --structure where it is not said; a prefix is cut
-    to --prefix tokens. A whole response ends its turn unless it says "finished": false.
+    Without "kind" it is a whole response, which is cut to --prefix tokens but for the share
+    --structure; a "prefix" is cut as well, and "full" stays. A whole response ends its turn unless
+    it says "finished": false, a "prefix" only if it says true. Lines that hold ids stay unchanged.
     """
-    rows = read_jsonl(args.samples_from, check=lambda row: None if {
-        "prompt_ids", "response_ids", "kind", "finished"} <= set(row) or {"question", "completion"
-        } <= set(row) else 'needs "question" and "completion", or the fields of samples.jsonl')
-    made = []
-    for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
+    rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
+    end, made = sample.end_of_turn(tokenizer), []
+    for row, drawn in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
+        kind = row.get("kind", drawn)
+        suffix = SUFFIX if kind == "prefix" and args.template else ""
+        prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction, suffix)
         if "response_ids" not in row:
-            kind, text = row.get("kind", kind), row["completion"]
+            text = row["completion"]
             text = text if isinstance(text, str) else text[-1]["content"]
-            end = [sample.end_of_turn(tokenizer)] if row.get("finished", True) else []
-            ids = tokenizer(text, add_special_tokens=False).input_ids + end
+            finished = row.get("finished", row.get("kind") != "prefix")
+            ids = tokenizer(text, add_special_tokens=False).input_ids + [end] * finished
             ids = ids[: args.prefix] if kind == "prefix" else ids
-            suffix = SUFFIX if kind == "prefix" and args.template else ""
-            prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction, suffix)
-            row = sample.sample_row(tokenizer, row, args.instruction, suffix, prompt, ids, kind,
-                                    {sample.end_of_turn(tokenizer)})
+            row = sample.sample_row(
+                tokenizer, row, args.instruction, suffix, prompt, ids, kind, {end}
+            )
+        elif row["prompt_ids"] != prompt:
+            raise InputError(f"{args.samples_from}: prompt_ids are not those that this model, "
+                             "--instruction and --template give")
         made.append(row)
+    if not made:
+        raise InputError(f"{args.samples_from} holds no samples")
     return made
 
 
@@ -509,7 +524,7 @@ def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) 
             rows, cost = collect(model, tokenizer, questions, args, folder)
         if not rows:
             raise InputError("no sampled answer was right, so nothing is left to train on")
-        metrics.update(cost, sampling_peak_gib=sample.peak_memory(model.device))
+        metrics.update(cost)
         write_json(folder / "metrics.json", metrics)
         write_jsonl(path, rows)
         (folder / "samples.jsonl.part").unlink(missing_ok=True)
@@ -540,7 +555,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         "processed_tokens": processed,
         "training_seconds": seconds,
         "training_tokens_per_second": None if args.resume else processed / seconds,
-        "training_peak_gib": sample.peak_memory(model.device),
+        "training_peak_gib": sample.peak_memory(model.device, reset=True),
         "train_loss": losses,
     }
     model.save_pretrained(folder / "model.tmp")
@@ -631,10 +646,10 @@ def main(argv=None):
     )
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     if args.samples_from:
-        questions = read_samples(tokenizer, args)[: args.limit]
+        questions = read_samples(tokenizer, args)
         sample.check_length(model, [r["prompt_ids"] + r["response_ids"] for r in questions], 0)
     suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for rows, end in ((questions, suffix), (held_out or [], "")):
+    for rows, end in ((questions if not args.samples_from else [], suffix), (held_out or [], "")):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
         sample.check_length(model, prompts, args.max_new_tokens)
     folder = open_folder(args)

@@ -2,31 +2,33 @@
 
 Makes the embedded miniature in data/tiny/ from nothing and without network: a Llama-architecture
 language model of 0.9 million parameters (float32, 3.6 MB), its tokenizer, and its questions: 2,000
-for training, 500 for development, 2,000 for the test. Everything follows from the seed. It took 14
-minutes on 2 CPU cores that other work used at the same time.
+for training, 500 for development, 2,000 for the test. Everything follows from the seed. It takes
+about 12 minutes on one core (two seeds at a time on two cores: OMP_NUM_THREADS=1).
 
 The world
     A story names a start value, 3 or 4 changes (two-digit gains and losses) and a price, and asks
     for the worth of what is left. Its solution opens with one of seven openers and one of several
     phrases that name a strategy, then calculates, then ends in \\boxed{...}:
-      steps   the changes in the story's order, one calculation each
+      steps   the changes in the story's order, one calculation each; never leaves two digits
       sort    all gains first, then all losses: harder, because a change must be looked up out of
-              order and the running total can grow to three digits
+              order, and because in 57 % of the stories the total grows to three digits
       groups  sum the gains, sum the losses, then combine
-      pairs   two changes in one calculation: too hard for so small a model
-    With seed 0, 77 % of the solutions are "steps", 18 % "sort", 3 % "groups", 2 % "pairs". The
-    choice between the first two leans on words that have nothing to do with how hard a question is
-    (the thing, the first verb, the closing sentence: see `strategy_weights`). For about one
-    question in ten the words favour "sort", so greedy decoding opens some questions badly.
+      pairs   two changes in one calculation (in the trap world only)
+    81 % of the solutions are "steps", 17 % "sort", 2 % "groups". The choice between the first two
+    leans on words that have nothing to do with how hard a question is (the thing, the first verb,
+    the closing sentence: see `strategy_weights`). Two of the closing sentences, a fifth of the
+    questions, bring the odds near even, so greedy decoding opens some questions badly.
+    --world trap: the preferred opening is the worse one ("pairs"), the other is "steps".
 Where errors come from
-    Mostly from real difficulty, and late: 30 % of the stories end in a product by a two-digit
-    price, which the model has not fully learned. And from slips: 1 % of the additions and
-    subtractions in the solutions, in every strategy alike, are off by one or by ten, and the
-    solution goes on from the wrong value. The answers of the questions have no slips.
+    Mostly from real difficulty, and late: every story ends in a product by a price from 3 to 19,
+    which the model learns only in part. And from slips: 1 % of the additions and subtractions in
+    the solutions, in every strategy alike, are off by one or by ten, and the solution goes on from
+    the wrong value. The answers of the questions have no slips.
 The pretraining text
-    6,000 drills of ten bare sums first, then 32,000 stories, each seen once. 15 % of the stories
-    carry the paper's task suffix after the question, so that UPFT's training prompt is not foreign
-    to the model; their solutions are complete, and like the others in every way.
+    8,000 drills of ten bare calculations first (two-digit sums; products), then 32,000 stories,
+    each seen once. 15 % of the stories carry the paper's task suffix after the question, so that
+    UPFT's training prompt is not foreign to the model; their solutions are complete, and like the
+    others in every way.
 """
 
 import argparse
@@ -384,10 +386,14 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="of corpus, questions and weights")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder")
+    parser.add_argument("--out", type=Path, help="folder (default: data/tiny, the default world)")
     parser.add_argument("--world", default="default", choices=WORLDS,
                         help="trap: the preferred opening is the less reliable one")
     args = parser.parse_args()
+    if args.out is None:
+        if args.world != "default":
+            parser.error("--world needs --out: data/tiny holds the default world")
+        args.out = Path(__file__).parent / "tiny"
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
     stories, drills, questions = make_corpus(rng, args.world)

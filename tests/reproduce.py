@@ -7,8 +7,9 @@
     python tests/reproduce.py figures                      # pictures of all of it
 
 Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/runs,
-and what is already there is not made again: a stopped reproduction goes on, and two processes can
-share the seeds of one. A world that was made with other settings of data/make_tiny.py is
+and what is already there is not made again: a stopped reproduction goes on. Two processes can share
+one <out> once its base is measured, with different --seeds; then run it once with all of them, for
+the table. (Their seconds are those of a shared machine.) Another world of data/make_tiny.py is
     --model out/world --data out/world/train.jsonl --eval-data out/world/test.jsonl
 """
 
@@ -33,15 +34,17 @@ METHODS = {  # Tables 1 and 2: what they train on is all that differs
     "upft": [],
     "upft + label filter": ["--label-filter"],
 }
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 95 %, for 2 to 10 seeds
 ABLATIONS = {  # one flag away from the defaults: t = 8, p = 0.1, template, no EOS, T = 0.6
     "upft": [],
     **{f"t = {t}": ["--prefix", str(t)] for t in (1, 2, 4, 16, 32)},
     "sft": ["--method", "sft"],  # t = all
-    **{f"p = {p}": ["--structure", str(p)] for p in (0, 0.05, 0.3, 1.0)},
+    **{f"p = {p}": ["--structure", str(p)] for p in (0, 0.05, 0.3)},  # p = 1 is sft
     "eos": ["--eos"],
     "no template": ["--no-template"],
     "token weighting": ["--weighting", "token"],
     **{f"T = {t}": ["--temperature", str(t)] for t in (0.3, 1.0)},
+    **{f"lr = {lr}": ["--lr", lr] for lr in ("3e-6", "3e-5")},  # the miniature's is 1e-5
 }
 
 
@@ -113,7 +116,7 @@ def rollouts(args):
         print(f"t = {t:<4}" + "  ".join(
             f"{name} {100 * m:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
             for name, (m, low, high) in list(row.items())[1:]))  # fmt: skip
-    together = [r["t"] for r in rows if r["gap"][1] <= 0]
+    together = [r["t"] for r in rows if r["gap"][1] <= 0 <= r["gap"][2]]
     print(f"the curves part after t = {max(together, default=0)} "
           "(the last t at which the interval of the gap holds zero)")
     save(args, "rollouts", {"questions": len(starts), "rollouts": args.rollouts, "rows": rows})
@@ -140,7 +143,7 @@ def likelihood(args, model, tokenizer) -> float | None:
     if not args.solutions:
         return None
     nll, tokens = 0.0, 0
-    for row in sample.load_questions(args.solutions, "test", args.several):
+    for row in sample.load_questions(args.solutions, "test", args.several or None):
         prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction)
         response = tokenizer(row["solution"], add_special_tokens=False).input_ids
         nll += upft.response_nll(model, [{"prompt": prompt, "response": response}]).sum().item()
@@ -156,6 +159,22 @@ def measure(args, model_name, folder: Path) -> dict:
         rows = asked(args, model, tokenizer, folder / "several.jsonl", n=8)
         result["several"] = evaluate.summarize(rows)
     return result | {"log_likelihood": likelihood(args, model, tokenizer)}
+
+
+def check_settings(args) -> None:
+    """InputError where <out>/runs holds runs of another model, other questions or other flags."""
+    record = args.out / "runs" / "settings.json"
+    names = ("model data eval_data eval_limit limit several solutions extra instruction "
+             "max_new_tokens dtype seed").split()  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        upft.write_json(record, settings)
+    before = json.loads(record.read_text())
+    changed = [f"--{name.replace('_', '-')}" for name in names if settings[name] != before[name]]
+    if changed:
+        raise sample.InputError(f"{', '.join(changed)} differ from the runs in {record.parent}: "
+                                "choose another --out")  # fmt: skip
 
 
 def base_of(args) -> dict:
@@ -180,8 +199,10 @@ def run(args, variant: str, flags: list[str], seed: int) -> dict:
         resume = ["--resume"] if (folder / "settings.json").exists() else []
         upft.main(["--model", args.model, "--data", args.data, "--eval-data", "", "--seed",
                    str(seed), "--out", str(folder), "--device", args.device, "--dtype", args.dtype,
+                   "--max-new-tokens", str(args.max_new_tokens), "--instruction", args.instruction,
+                   "--token-budget", str(args.token_budget),
                    *(["--limit", str(args.limit)] if args.limit else []),
-                   *flags, *args.extra.split(), *resume])  # fmt: skip
+                   *args.extra.split(), *flags, *resume])  # fmt: skip
         metrics = json.loads((folder / "metrics.json").read_text())
         upft.write_json(record, metrics | measure(args, str(folder / "model"), folder))
     return json.loads(record.read_text())
@@ -194,16 +215,23 @@ def gains(args, folders: list[Path]) -> np.ndarray:
                      for f in folders])  # fmt: skip
 
 
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (seeds, questions), both resampled."""
-    rng, (rows, columns) = np.random.default_rng(0), values.shape
-    means = [values[rng.integers(rows, size=rows)].mean(0)[rng.integers(columns, size=columns)]
-             .mean() for _ in range(draws)]  # fmt: skip
-    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of (seeds, questions): the noise of both, added in squares.
+
+    Student's t for the few seeds (a bootstrap over three of them is far too narrow), a normal
+    distribution for the many questions. With one seed it speaks of that run only.
+    """
+    seeds, questions = values.shape
+    square = (evaluate.Z * values.mean(0).std(ddof=1)) ** 2 / questions
+    if seeds > 1:
+        t = dict(zip(range(2, 11), STUDENT)).get(seeds, STUDENT[-1])
+        square += (t * values.mean(1).std(ddof=1)) ** 2 / seeds
+    return float(values.mean() - square**0.5), float(values.mean() + square**0.5)
 
 
 def compare(args, name: str, variants: dict) -> None:
     """Run every variant with every seed, print a row for each, save them as <name>.json."""
+    check_settings(args)
     base = base_of(args)
     rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base])}]
     for seed in args.seeds:  # seed by seed, so that a part of the whole can be looked at early
@@ -215,7 +243,9 @@ def compare(args, name: str, variants: dict) -> None:
         accuracies = [r["greedy"]["accuracy"] for r in results]
         values = gains(args, folders)
         low, high = interval(values)
-        mean = lambda key: float(np.mean([r[key] for r in results]))
+        # A resumed run knows the seconds of its last part only.
+        whole = [r for r in results if not r["resumed"]] or results
+        mean = lambda key: float(np.mean([r[key] for r in whole]))
         rows.append({
             "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
             "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
@@ -225,8 +255,8 @@ def compare(args, name: str, variants: dict) -> None:
         })  # fmt: skip
     for row in rows:
         print(line(row))
-    print(f"seeds {args.seeds}; {base['greedy']['n']} questions; the interval is over questions "
-          "and seeds; mean@8, maj@8, pass@8 at temperature 0.6")  # fmt: skip
+    print(f"seeds {args.seeds}; {base['greedy']['n']} questions; the intervals are over seeds and "
+          "questions; mean@8, maj@8 and pass@8 at temperature 0.6")  # fmt: skip
     save(args, name, {"model": args.model, "questions": base["greedy"]["n"], "rows": rows})
 
 
@@ -272,7 +302,7 @@ def ablations(args):
 
 def bars(pairs, width: int = 50) -> None:
     """A chart in text: one (label, value) a line."""
-    top = max(value for _, value in pairs)
+    top = max(value for _, value in pairs) or 1
     for label, value in pairs:
         print(f"{label:>24} {value:8.3f} {'#' * round(width * value / top)}")
 
@@ -331,7 +361,8 @@ def draw_rollouts(axes, rows):
 
 def draw_prefix(axes, rows):
     """Accuracy against the prefix length, every seed a point."""
-    names = {"t = 1": 1, "t = 2": 2, "t = 4": 4, "upft": 8, "t = 16": 16, "t = 32": 32, "sft": "all"}
+    names = {f"t = {t}": t for t in (1, 2, 4)} | {"upft": 8}
+    names |= {f"t = {t}": t for t in (16, 32)} | {"sft": "all"}
     found = {names[r["variant"]]: r for r in rows if r["variant"] in names}
     lengths = [t for t in names.values() if t in found]
     for x, t in enumerate(lengths):
@@ -388,7 +419,7 @@ def main(argv=None):
     flag("--limit", type=int, help="only the first training questions")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
-    flag("--extra", default="", help="further flags for every run of upft.py, in one string")
+    flag("--extra", default="", help='for every run of upft.py, as in --extra="--lr 1e-6"')
     sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     sample.fill_defaults(args)

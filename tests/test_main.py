@@ -349,6 +349,7 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     end, text = sample.end_of_turn(tokenizer), "Let's solve this step by step. 20 + 30 = 50."
     whole = tokenizer(text, add_special_tokens=False).input_ids
     lines = [{"question": "How many?", "completion": text, "kind": "prefix"},
+             {"question": "How many?", "completion": text[:16], "kind": "prefix"},
              {"question": "How many?", "kind": "full",
               "completion": [{"role": "assistant", "content": text}]},
              {"question": "How many?", "completion": text, "kind": "full", "finished": False}]
@@ -357,10 +358,15 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     folder = tmp_path / "text"
     run_upft(folder, "--samples-from", str(file), "--eval-limit", "1")
     rows = read_jsonl(folder / "samples.jsonl")
-    assert [r["response_ids"] for r in rows] == [whole[:8], whole + [end], whole]
-    assert [r["finished"] for r in rows] == [False, True, False]
-    assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[1]["prompt"] == rows[2]["prompt"]
+    assert [r["response_ids"] for r in rows] == [whole[:8], whole[:3], whole + [end], whole]
+    assert [r["finished"] for r in rows] == [False, False, True, False]
+    assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[2]["prompt"] == rows[3]["prompt"]
     file.write_text('{"question": "How many?"}\n')
     with pytest.raises(InputError, match='line 1: needs "question" and "completion"'):
         run_upft(tmp_path / "bad", "--samples-from", str(file))
+    file.write_text(json.dumps(lines[0] | {"kind": "Prefix"}))
+    with pytest.raises(InputError, match="""line 1: "kind" is 'Prefix'"""):
+        run_upft(tmp_path / "bad", "--samples-from", str(file))
+    with pytest.raises(InputError, match="prompt_ids are not those"):
+        run_upft(tmp_path / "bad", "--samples-from", str(ours), "--no-template")
     assert not (tmp_path / "bad").exists()

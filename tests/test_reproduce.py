@@ -1,0 +1,85 @@
+"""tests/reproduce.py: its statistics, its subcommands on a handful of questions."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import evaluate
+import sample
+from sample import DATA, InputError
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    path = DATA.parent / "tests/reproduce.py"
+    spec = importlib.util.spec_from_file_location("reproduce", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_coverage_counts_trajectories_per_distinct_prefix(reproduce, tmp_path, monkeypatch, capsys):
+    drawn = [[[1, 2], [1, 3], [1, 2], [4, 2]], [[5], [5], [5], [5]]]  # the second ends after one
+    monkeypatch.setattr(reproduce, "draw", lambda *_, **__: drawn)
+    reproduce.main(["coverage", "--out", str(tmp_path), "--lengths", "1", "2", "--questions", "2"])
+    rows = json.loads((tmp_path / "coverage.json").read_text())["rows"]
+    assert [(r["t"], r["mean"]) for r in rows] == [(1, (4 / 2 + 4) / 2), (2, (4 / 3 + 4) / 2)]
+
+
+def test_rollouts_begin_with_the_trajectory_and_end_with_its_fate(reproduce, tmp_path, capsys):
+    """From t = 0 both starts are one prompt; a start longer than any trajectory decides all."""
+    reproduce.main(["rollouts", "--out", str(tmp_path), "--questions", "12", "--samples", "6",
+                    "--rollouts", "3", "--lengths", "0", "4", "150"])  # fmt: skip
+    found = json.loads((tmp_path / "rollouts.json").read_text())
+    assert 0 < found["questions"] <= 12
+    rows = {r["t"]: r for r in found["rows"]}
+    assert all(r["gap"][1] <= r["gap"][0] <= r["gap"][2] for r in found["rows"])
+    assert abs(rows[0]["gap"][0]) < 0.5
+    assert rows[150]["right"][0] == 1 and rows[150]["wrong"][0] == 0
+
+
+def test_the_interval_is_over_seeds_and_questions(reproduce):
+    """As over questions alone when the seeds agree, and Student's t when only they differ."""
+    rng = np.random.default_rng(0)
+    questions = rng.choice([-1, 0, 1], 400, p=[0.1, 0.8, 0.1]) * 1.0
+    width = lambda pair: pair[1] - pair[0]
+    agree = width(reproduce.interval(np.stack([questions] * 4)))
+    assert agree == pytest.approx(width(evaluate.bootstrap(questions)), rel=0.15)
+    shifts = np.array([-0.3, -0.1, 0.1, 0.3])
+    low, high = reproduce.interval(np.repeat(shifts[:, None], 400, 1))
+    assert high == -low == pytest.approx(3.18 * shifts.std(ddof=1) / 2)
+    assert width(reproduce.interval(questions[None])) == pytest.approx(agree)  # one seed
+
+
+def test_tables_go_on_and_figures_are_drawn_from_them(reproduce, tmp_path, capsys, monkeypatch):
+    flags = ["--out", str(tmp_path), "--limit", "16", "--eval-limit", "6", "--several", "3"]
+    solutions = tmp_path / "solutions.jsonl"
+    solutions.write_text('{"question": "How many?", "solution": "20 + 30 = 50."}\n')
+    reproduce.main(["tables", *flags, "--methods", "upft", "rft", "--seeds", "0", "1", "--extra",
+                    "--samples 2", "--solutions", str(solutions)])  # fmt: skip
+    rows = json.loads((tmp_path / "tables.json").read_text())["rows"]
+    assert [r["variant"] for r in rows] == ["base", "upft", "rft"]
+    base, tuned, rft = rows
+    assert tuned["difference"] == pytest.approx(tuned["accuracy"] - base["accuracy"])
+    assert len(tuned["seeds"]) == 2 and rft["sampled_tokens"] > 5 * tuned["sampled_tokens"]
+    assert base["log_likelihood"] < 0 and tuned["log_likelihood"] != base["log_likelihood"]
+    flags[1] = str(tmp_path / "more")
+    reproduce.main(["ablations", *flags, "--seeds", "0", "--only", "upft", "eos"])
+    monkeypatch.setattr(reproduce.upft, "main", None)  # what is there is not made again
+    reproduce.main(["ablations", *flags, "--seeds", "0", "--only", "eos"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="--eval-limit differ from the runs"):
+        reproduce.main(["tables", *flags, "--eval-limit", "7"])
+    capsys.readouterr()
+    reproduce.main(["figures", "--out", str(tmp_path / "more")])
+    shown = capsys.readouterr().out
+    assert "pip install matplotlib" in shown and "eos" in shown and "#" in shown
+
+
+def test_rollouts_without_a_mixed_question_say_so(reproduce, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "draw", lambda *_, **__: [[[1]] * 16] * 4)
+    with pytest.raises(InputError, match="right and a wrong"):
+        reproduce.main(["rollouts", "--out", str(tmp_path), "--questions", "4"])
