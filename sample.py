@@ -416,6 +416,12 @@ def peak_memory(device, reset: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def speed(tokens: int, started: float, device) -> str:
+    """What a progress bar says beside its count."""
+    rate = tokens / (time.perf_counter() - started)
+    return f"{rate:,.0f} tok/s, {peak_memory(device):.1f} GiB"
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether this error says that a batch was too large for the memory of the device."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -459,13 +465,11 @@ def generate(
     progress: a label for a bar, or None.
     """
     check_length(model, prompts, max_new_tokens)
-    if max_new_tokens < 1:
-        return [[[] for _ in range(n)] for _ in prompts]
     keys = range(len(prompts)) if keys is None else keys
     budget = token_budget or TOKEN_BUDGET
-    results = [[None] * n for _ in prompts]
+    results = [[[] for _ in range(n)] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    jobs = [(i, list(range(n))) for i in longest_first]
+    jobs = [(i, list(range(n))) for i in longest_first if max_new_tokens > 0]
     hidden = None if progress else True  # None: shown on a terminal only
     bar = tqdm(total=len(prompts) * n, desc=progress, disable=hidden, unit="seq")
     new_tokens, started = 0, time.perf_counter()
@@ -489,16 +493,14 @@ def generate(
                             on_done(i, j, drawn[s])
                         bar.update()
                 new_tokens += len(step)
-                rate = new_tokens / (time.perf_counter() - started)
-                memory = peak_memory(model.device)
-                bar.set_postfix_str(f"{rate:,.0f} tok/s, {memory:.1f} GiB", False)
+                bar.set_postfix_str(speed(new_tokens, started, model.device), False)
         except RuntimeError as error:
             longest = len(prompts[batch[0][0]]) + max_new_tokens
             if not out_of_memory(error) or budget <= longest:
                 raise
             budget = max(longest, min(budget, len(sequences) * longest) // 2)
             print(f"out of memory: going on with --token-budget {budget}", file=sys.stderr)
-        unfinished = [(i, [j for j in samples if results[i][j] is None]) for i, samples in batch]
+        unfinished = [(i, [j for j in samples if not results[i][j]]) for i, samples in batch]
         jobs = [job for job in unfinished if job[1]] + rest
     bar.close()
     return results

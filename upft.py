@@ -357,9 +357,8 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         model.zero_grad()
         losses.append(loss)
         done_tokens += sum(map(length, batch))
-        rate = done_tokens / (time.perf_counter() - started)
-        memory = sample.peak_memory(model.device)
-        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, {memory:.1f} GiB", False)
+        speed = sample.speed(done_tokens, started, model.device)
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed}", False)
         bar.update()
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(plan):
             save_checkpoint(folder, model, optimizer, losses)
