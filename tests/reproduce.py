@@ -317,7 +317,8 @@ def figures(args):
         from matplotlib import pyplot
     except ImportError:
         return text_figures(found)
-    matplotlib.rcParams["svg.hashsalt"] = "upft"  # the same numbers give the same file
+    # The same numbers give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "upft", "svg.fonttype": "none"})
     for name, chart in {"coverage": draw_coverage, "rollouts": draw_rollouts,
                         "ablations": draw_prefix, "tables": draw_cost}.items():  # fmt: skip
         if name in found:
@@ -343,7 +344,7 @@ def draw_coverage(axes, rows):
     t = [r["t"] for r in rows]
     axes.plot(t, [r["mean"] for r in rows], "o-")
     axes.fill_between(t, [r["low"] for r in rows], [r["high"] for r in rows], alpha=0.25)
-    axes.set(xscale="log", yscale="log", xlabel="prefix length t (tokens)",
+    axes.set(xscale="log", ylim=(1, None), xlabel="prefix length t (tokens)",
              ylabel="trajectories per distinct prefix")  # fmt: skip
     axes.set_xticks(t, t)
 
