@@ -1,6 +1,7 @@
 """Measure the speed claims, side by side with what people use otherwise.
 
     python tests/benchmark.py --main-job --growth --upft-vs-rft    # the embedded model, no peer
+    python tests/benchmark.py --optimizer-noise                    # the same; what bfloat16 loses
     python tests/benchmark.py --model M --data Q.jsonl --prefix-sampling --full-traces
     python tests/benchmark.py --model M --data Q.jsonl --train-step --optimizer --profile
     python tests/benchmark.py --gpu                                # needs a GPU of 80 GB
@@ -15,6 +16,7 @@ Both sides always run in one precision: that of --dtype.
 """
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -502,6 +504,54 @@ def optimizer_pass(args):
         note=f"{median[ours]:.3f} s; clipping {median[clip]:.3f} s")  # fmt: skip
 
 
+class StochasticAdamW(upft.SplitAdamW):
+    """What SplitAdamW saves two bytes a parameter against: rounding to bfloat16 at random."""
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update; each weight becomes one of its two neighbours, unbiased."""
+        for lost in self.lost:
+            lost.zero_()  # no bits are kept
+        super().step(lr)
+        for p, lost in zip(self.parameters, self.lost):
+            bits = self.join(p.view(-1), lost).view(torch.int32)
+            bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+            p.view(-1).copy_((bits & -65536).view(torch.float32))
+
+
+def optimizer_noise(args):
+    """How far 300 steps at lr 1e-6 in bfloat16 end from float32 AdamW, for three ways to do it."""
+    first, tokenizer, _, questions = load(args, 1600)
+    batch = training_examples(args, first, tokenizer, questions, "prefix")
+    first = first.float()
+    naive = lambda ps: torch.optim.AdamW(ps, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    ways = {"float32": upft.Float32AdamW, "SplitAdamW": upft.SplitAdamW,
+            "stochastic rounding": StochasticAdamW, "plain bfloat16": naive}  # fmt: skip
+    reference = None
+    for name, make in ways.items():
+        model = copy.deepcopy(first).train()
+        if name != "float32":
+            for p in model.parameters():
+                p.data = p.data.bfloat16()
+        optimizer = make(list(model.parameters()))
+        if name == "plain bfloat16":
+            step = optimizer.step
+            optimizer.step = lambda lr: step()
+        weights = lambda: torch.cat([
+            optimizer.join(p.data.view(-1), optimizer.lost[i]) if name == "SplitAdamW"
+            else p.data.float().view(-1) for i, p in enumerate(model.parameters())])  # fmt: skip
+        before = weights().clone()
+        for at in range(4 if args.smoke else 300):
+            rows = [batch[i % len(batch)] for i in range(16 * at, 16 * at + 16)]
+            our_step(model, rows, optimizer, args)
+        moved = weights() - before
+        reference = moved if reference is None else reference
+        cosine = torch.nn.functional.cosine_similarity(moved, reference, dim=0).item()
+        add(f"300 steps at 1e-6, {name}", ((moved - reference).norm() / reference.norm()).item(),
+            "of |float32|", note=f"cosine {cosine:.4f}, {(moved != 0).float().mean():.1%} of the "
+            "weights moved")  # fmt: skip
+
+
 # ---- whole runs ------------------------------------------------------------------------------
 
 
@@ -779,9 +829,9 @@ def gpu_run(args):
 
 ARMS = {
     "prefix-sampling": prefix_sampling, "full-traces": full_traces, "many-samples": many_samples,
-    "train-step": train_step, "optimizer": optimizer_pass, "upft-vs-rft": upft_vs_rft,
-    "main-job": main_job, "growth": growth, "profile": profile, "gpu-decode": gpu_decode,
-    "gpu-prefill": gpu_prefill, "gpu-train-7b": gpu_train_7b, "gpu-run": gpu_run,
+    "train-step": train_step, "optimizer": optimizer_pass, "optimizer-noise": optimizer_noise,
+    "upft-vs-rft": upft_vs_rft, "main-job": main_job, "growth": growth, "profile": profile,
+    "gpu-decode": gpu_decode, "gpu-prefill": gpu_prefill, "gpu-train-7b": gpu_train_7b, "gpu-run": gpu_run,
 }  # fmt: skip
 
 
