@@ -15,6 +15,7 @@ the table. (Their seconds are those of a shared machine.) Another world of data/
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -233,7 +234,8 @@ def compare(args, name: str, variants: dict) -> None:
     """Run every variant with every seed, print a row for each, save them as <name>.json."""
     check_settings(args)
     base = base_of(args)
-    rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base])}]
+    rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base]),
+             "opening": opening(args, [args.out / "runs/base"])}]  # fmt: skip
     for seed in args.seeds:  # seed by seed, so that a part of the whole can be looked at early
         for variant, flags in variants.items():
             run(args, variant, flags, seed)
@@ -250,6 +252,7 @@ def compare(args, name: str, variants: dict) -> None:
             "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
             "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
             "difference": float(values.mean()), "low": low, "high": high, **extras(results),
+            "opening": opening(args, folders),
             **{key: mean(key) for key in ("sampled_tokens", "tuned_tokens", "processed_tokens",
                                           "sampling_seconds", "training_seconds")},
         })  # fmt: skip
@@ -258,6 +261,12 @@ def compare(args, name: str, variants: dict) -> None:
     print(f"seeds {args.seeds}; {base['greedy']['n']} questions; the intervals are over seeds and "
           "questions; mean@8, maj@8 and pass@8 at temperature 0.6")  # fmt: skip
     save(args, name, {"model": args.model, "questions": base["greedy"]["n"], "rows": rows})
+
+
+def opening(args, folders: list[Path]) -> float:
+    """Share of the greedy answers whose beginning matches --opening."""
+    rows = [row for folder in folders for row in sample.read_jsonl(folder / "greedy.jsonl")]
+    return float(np.mean([bool(re.search(args.opening, row["text"][:100])) for row in rows]))
 
 
 def extras(results: list[dict]) -> dict:
@@ -276,8 +285,9 @@ def line(row: dict) -> str:
     if "difference" in row:
         text += (f" (sd{percent('sd')})  {100 * row['difference']:+5.1f} "
                  f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]".ljust(34))  # fmt: skip
-    text = text.ljust(60) + "".join(f" {k} {percent(k)}" for k in ("mean@8", "maj@8", "pass@8"))
-    text += f"  {row['tokens']:5.0f} tokens an answer"
+    text = text.ljust(58) + "".join(f"  {k}{percent(k)}" for k in ("mean@8", "maj@8", "pass@8")
+                                    if row.get(k) is not None)  # fmt: skip
+    text += f"  opens so{percent('opening')}  {row['tokens']:5.0f} tokens an answer"
     if row["log_likelihood"] is not None:
         text += f"  log-likelihood {row['log_likelihood']:.4f}"
     if "difference" in row:
@@ -417,6 +427,8 @@ def main(argv=None):
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
     flag("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of tables")
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
+    flag("--opening", default="gains first|by sorting|gains before",
+         help="count the answers that begin so (default: the miniature's worse strategy)")
     flag("--limit", type=int, help="only the first training questions")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
