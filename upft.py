@@ -5,7 +5,7 @@
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
 t tokens; `make_examples` joins prompt and response; `train` is the loop; `main` does it all and
-compares the model before and after. No label is read before the final comparison.
+compares the model before and after. UPFT trains without labels; only the comparison reads them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SUFFIX = (
     "Please provide the initial step towards resolving the question. "
     "This step may serve as a foundation but might not encompass the entire solution."
 )
-# What suits the embedded model, chosen on its development questions; and the paper's Table 3.
+# What suits the embedded model, chosen on development questions; and the paper's Table 3.
 TINY_DEFAULTS = dict(lr=1e-5, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
 PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
