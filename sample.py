@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 DATA = Path(__file__).resolve().parent / "data"
 TINY = DATA / "tiny"  # the embedded model and its questions
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+PREFILL_TOKENS = {"cpu": 1024}  # columns x rows that are read at once
 TOKEN_BUDGET = 32768  # columns x rows of one batch; a 7B keeps 56 KB of bf16 cache a token: 1.9 GB
 
 
@@ -282,6 +283,18 @@ class KVLayer(DynamicLayer):
         """Columns in use; the library reads it to build the attention mask."""
         return self.length
 
+    def join(self, others, width: int) -> None:
+        """Put the rows of other layers, read apart, under these; all end in column `width`."""
+        for name in ("keys", "values"):
+            parts = [
+                torch.nn.functional.pad(
+                    getattr(layer, name)[:, :, : layer.length], (0, 0, width - layer.length, 0)
+                )
+                for layer in (self, *others)
+            ]
+            setattr(self, name, torch.cat(parts))
+        self.rows, self.length = len(self.keys), width
+
     def spread(self, counts: torch.Tensor) -> None:
         """Repeat row i counts[i] times: the samples of one prompt continue from one prefill."""
         self.keys = self.keys.repeat_interleave(counts, dim=0)
@@ -347,6 +360,30 @@ def left_pad(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.T
     return ids, mask
 
 
+def prefill(model, prompts):
+    """Read B prompts; returns the next token's logits (B, V), the cache, and the mask (B, T).
+
+    A CPU is fastest when what it works on stays in its caches, so it reads a few prompts at a time
+    (1.4 times as fast as 64 at once with a model of 135M); decoding wants all rows together.
+    """
+    mask = left_pad(prompts)[1].to(model.device)
+    limit = PREFILL_TOKENS.get(model.device.type, sys.maxsize)
+    logits, caches, at = [], [], 0
+    while at < len(prompts):
+        rows = prompts[at : at + max(1, limit // len(prompts[at]))]
+        ids, own = (x.to(model.device) for x in left_pad(rows))
+        caches.append(Cache(layer_class_to_replicate=KVLayer))
+        logits.append(model(
+            ids, attention_mask=own, position_ids=(own.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=caches[-1], logits_to_keep=1,
+        ).logits[:, -1])  # of the last column only: no other is needed
+        at += len(rows)
+    if len(caches) > 1:
+        for layer, *others in zip(*(cache.layers for cache in caches)):
+            layer.join(others, mask.shape[1])
+    return torch.cat(logits), caches[0], mask
+
+
 @torch.inference_mode()
 def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top_p, eos_ids):
     """The KV-cache loop: one batch, one token a step. Yields [(sequence, token id), ...] per step.
@@ -356,13 +393,7 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row.
     """
     device = model.device
-    ids, mask = left_pad(prompts)
-    ids, mask = ids.to(device), mask.to(device)
-    cache = Cache(layer_class_to_replicate=KVLayer)
-    position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T): 0 at each row's first real token
-    logits = model(
-        ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
-    ).logits[:, -1]  # (B, V), of the last column only: no other is needed
+    logits, cache, mask = prefill(model, prompts)
     repeats = torch.tensor(counts, device=device)
     if max(counts) > 1:
         logits = logits.repeat_interleave(repeats, 0)

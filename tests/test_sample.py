@@ -49,7 +49,9 @@ def library_greedy(model, prompt, new, eos=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_the_library_token_for_token(family):
+@pytest.mark.parametrize("together", [1024, 40])  # 40: the prompts are read in several pieces
+def test_greedy_equals_the_library_token_for_token(family, together, monkeypatch):
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", together)
     model, prompts = small_model(family), ragged_prompts()
     ours = generate(model, prompts, max_new_tokens=20)
     theirs = [[library_greedy(model, p, 20)] for p in prompts]
@@ -138,6 +140,23 @@ def test_inverse_cdf_against_float64_and_at_its_edges():
         spike[0, place] = 0.0
         for u in (0.0, 0.5, 1 - 2**-53):
             assert pick(spike, torch.tensor([u], dtype=torch.float64), 1.0).item() == place
+
+
+def test_prompts_read_in_pieces_and_in_any_order_give_the_same_samples(monkeypatch):
+    model, prompts = small_model("qwen2"), ragged_prompts(9)
+    draw = lambda: sample.generate(model, prompts, max_new_tokens=12, temperature=1.0, n=3)
+    whole, calls = draw(), []
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 30)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **k: calls.append(ids.shape) or forward(
+        ids, **k))  # fmt: skip
+    assert draw() == whole
+    pieces = [shape for shape in calls if shape[1] > 1]
+    assert len(pieces) > 3 and all(rows == 1 or rows * width <= 30 for rows, width in pieces)
+    shuffled = prompts[::-1]  # decode() is not told to sort
+    logits = sample.prefill(model, shuffled)[0]
+    monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 10**6)
+    torch.testing.assert_close(logits, sample.prefill(model, shuffled)[0])
 
 
 def test_samples_of_a_prompt_share_one_prefill():
