@@ -831,7 +831,8 @@ ARMS = {
     "prefix-sampling": prefix_sampling, "full-traces": full_traces, "many-samples": many_samples,
     "train-step": train_step, "optimizer": optimizer_pass, "optimizer-noise": optimizer_noise,
     "upft-vs-rft": upft_vs_rft, "main-job": main_job, "growth": growth, "profile": profile,
-    "gpu-decode": gpu_decode, "gpu-prefill": gpu_prefill, "gpu-train-7b": gpu_train_7b, "gpu-run": gpu_run,
+    "gpu-decode": gpu_decode, "gpu-prefill": gpu_prefill, "gpu-train-7b": gpu_train_7b,
+    "gpu-run": gpu_run,
 }  # fmt: skip
 
 

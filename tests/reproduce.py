@@ -334,7 +334,7 @@ def figures(args):
         if name in found:
             figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
             chart(axes, found[name]["rows"])
-            figure.savefig(args.out / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(args.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
             print(args.out / f"{name}.svg")
 
 
