@@ -842,7 +842,8 @@ def main():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     for name, arm in ARMS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=arm.__doc__.split("\n")[0])
+        told = arm.__doc__.split("\n")[0].replace("%", "%%")  # argparse would format a lone %
+        parser.add_argument(f"--{name}", action="store_true", help=told)
     parser.add_argument("--gpu", action="store_true", help="all arms that begin with gpu")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in the GPU arms")
     parser.add_argument("--model", default="tiny", help="tiny, a folder or a hub name")

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -370,3 +372,10 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     with pytest.raises(InputError, match="prompt_ids are not those"):
         run_upft(tmp_path / "bad", "--samples-from", str(ours), "--no-template")
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("script", ["upft.py", "sample.py", "evaluate.py", "data/make_tiny.py",
+                                    "data/prepare.py", "tests/benchmark.py", "tests/reproduce.py"])
+def test_every_script_shows_its_help(script):
+    command = [sys.executable, str(DATA.parent / script), "--help"]
+    assert "usage:" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
