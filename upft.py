@@ -1,7 +1,7 @@
 """Unsupervised Prefix Fine-Tuning (arXiv 2503.02875): train a model on its own first few tokens.
 
-    python upft.py --prefix 8                           # the embedded model, about a minute
-    python upft.py --model Qwen/Qwen2.5-Math-7B-Instruct --data prm12k --prefix 32
+    python upft.py --prefix 8    # the embedded model, about a minute
+    python upft.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --prefix 8
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
 t tokens; `make_examples` joins prompt and response; `train` is the loop; `main` does it all and
@@ -580,6 +580,8 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     )
     metrics[name] = evaluate.summarize(rows)
     metrics.setdefault(f"{name}_evaluation_seconds", time.perf_counter() - started)
+    # Reset here as well, so that on a GPU the peak of training is not that of an evaluation.
+    metrics[f"{name}_evaluation_peak_gib"] = sample.peak_memory(model.device, reset=True)
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
     return rows
