@@ -10,14 +10,17 @@ template, and a response is the list of ids that the model sampled. Text is made
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
@@ -58,19 +61,17 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
     without its newline is dropped, from the file too, so that new lines can be appended.
     check(row) returns what is wrong with a row, or None.
     """
-    path, rows, end = Path(path), [], 0
+    path, rows = Path(path), []
     if torn_ok and not path.exists():
         return []
     try:
-        data = path.read_bytes()
+        # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
-    for number, line in enumerate(data.split(b"\n"), 1):
-        end += len(line) + 1
-        if torn_ok and end > len(data):
-            os.truncate(path, end - 1 - len(line))
-            break
+    if torn_ok and lines[-1]:
+        os.truncate(path, path.stat().st_size - len(lines.pop()))
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -84,13 +85,13 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
     return rows
 
 
-def write_jsonl(path, rows) -> None:
+def write_jsonl(path, rows, indent=None) -> None:
     """Write all rows at once: to a temporary name first, so that `path` is never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
     os.replace(temporary, path)
 
 
@@ -104,10 +105,8 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
     if not path.suffix and not path.is_file():
         path = TINY / f"{split}.jsonl" if name == "tiny" else DATA / f"{name}_{split}.jsonl"
     if not path.is_file():
-        raise InputError(
-            f"no question file {path}: --data takes tiny, the name of a set that "
-            "`python data/prepare.py NAME` made, or the path of a JSONL file"
-        )
+        raise InputError(f"no question file {path}: --data takes tiny, the name of a set that "
+                         "`python data/prepare.py NAME` made, or the path of a JSONL file")
 
     def check(row):
         if not isinstance(row.get("question"), str) or not row["question"].strip():
@@ -116,12 +115,10 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
             return 'no "answer", which is needed here'
 
     rows = read_jsonl(path, check=check)[:limit]
-    for row in rows:
-        if row.get("answer") is not None:
-            row["answer"] = str(row["answer"])
     if not rows:
         raise InputError(f"{path} holds no questions")
-    return rows
+    text = lambda row: {} if row.get("answer") is None else {"answer": str(row["answer"])}
+    return [row | text(row) for row in rows]
 
 
 # ---- model and prompt ------------------------------------------------------------------------
@@ -135,10 +132,8 @@ def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype,
         return torch.float32, "the model is small"
     if device.startswith("cuda") and torch.cuda.is_bf16_supported():
         return torch.bfloat16, "this GPU is fast at it"
-    if device == "cpu" and any(
-        getattr(torch.cpu, f"_is_{unit}_supported", bool)()  # absent in some builds: False
-        for unit in ("amx_tile", "avx512_bf16")
-    ):
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # absent in some builds: False
+    if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names):
         return torch.bfloat16, "this processor has matrix instructions for it"
     return torch.float32, f"no fast bfloat16 on this {device}"
 
@@ -163,20 +158,16 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load the model {name} on {device}: {reason}") from None
     label = "tiny" if name == str(TINY) else name
-    print(
-        f"{label}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
-        f"{str(chosen).removeprefix('torch.')} ({why})",
-        file=sys.stderr,
-    )
+    print(f"{label}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
+          f"{str(chosen).removeprefix('torch.')} ({why})", file=sys.stderr)
     return model.eval(), tokenizer
 
 
 def is_tiny(model_name) -> bool:
     """Whether this is the embedded model or one tuned from it: their default values are its own."""
-    template, own = (Path(m).expanduser() / "chat_template.jinja" for m in (model_name, TINY))
-    if str(model_name) == "tiny":
-        return True
-    return template.is_file() and template.read_text() == own.read_text()
+    folder = TINY if str(model_name) == "tiny" else Path(model_name).expanduser()
+    template = folder / "chat_template.jinja"
+    return template.is_file() and template.read_text() == (TINY / template.name).read_text()
 
 
 def default_instruction(model_name) -> str:
@@ -184,14 +175,14 @@ def default_instruction(model_name) -> str:
     return "" if is_tiny(model_name) else INSTRUCTION
 
 
-def fill_defaults(args) -> None:
+def fill_defaults(args, **defaults) -> None:
     """Set flags that were not given to what suits the model; InputError for senseless values."""
-    if args.instruction is None:
-        args.instruction = default_instruction(args.model)
-    if args.max_new_tokens is None:
-        args.max_new_tokens = 160 if is_tiny(args.model) else 512
-    if "n" in args and args.temperature is None:
-        args.temperature = 0.6 if args.n > 1 else 0.0
+    defaults |= dict(instruction=default_instruction(args.model),
+                     max_new_tokens=160 if is_tiny(args.model) else 512,
+                     temperature=0.6 if getattr(args, "n", 1) > 1 else 0.0)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     positive = ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
                 "batch_size", "micro_batch", "samples", "lr", "clip")
     for name in positive:
@@ -251,33 +242,25 @@ class KVLayer(DynamicLayer):
     is written into the next free column, and rows that are done are overwritten by live ones.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.rows, self.length = 0, 0
+    rows = length = 0  # in use; the buffers may be larger
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append the new columns (rows, heads, T, head_dim); return all keys and values so far."""
-        rows, heads, new, _ = key_states.shape
+        new = key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.rows = rows
-            self.keys = key_states.new_empty(rows, heads, 0, key_states.shape[-1])
-            self.values = value_states.new_empty(rows, heads, 0, value_states.shape[-1])
+            self.rows = len(key_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         if self.length + new > self.keys.shape[2]:
             # Room in steps of 64 columns or an eighth: the copy that growing costs is rare.
             extra = new + max(64, self.length // 8)
-            self.keys, self.values = (self._grown(b, extra) for b in (self.keys, self.values))
+            self.keys, self.values = (F.pad(b[: self.rows, :, : self.length], (0, 0, 0, extra))
+                                      for b in (self.keys, self.values))
         columns = slice(self.length, self.length + new)
         self.keys[: self.rows, :, columns] = key_states
         self.values[: self.rows, :, columns] = value_states
         self.length += new
         return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
-
-    def _grown(self, buffer, extra):
-        rows, heads, _, dim = buffer.shape
-        larger = buffer.new_empty(self.rows, heads, self.length + extra, dim)
-        larger[:, :, : self.length] = buffer[: self.rows, :, : self.length]
-        return larger
 
     def get_seq_length(self):
         """Columns in use; the library reads it to build the attention mask."""
@@ -286,27 +269,31 @@ class KVLayer(DynamicLayer):
     def join(self, others, width: int) -> None:
         """Put the rows of other layers, read apart, under these; all end in column `width`."""
         for name in ("keys", "values"):
-            parts = [
-                torch.nn.functional.pad(
-                    getattr(layer, name)[:, :, : layer.length], (0, 0, width - layer.length, 0)
-                )
+            setattr(self, name, torch.cat([
+                F.pad(getattr(layer, name)[:, :, : layer.length], (0, 0, width - layer.length, 0))
                 for layer in (self, *others)
-            ]
-            setattr(self, name, torch.cat(parts))
+            ]))
         self.rows, self.length = len(self.keys), width
 
     def spread(self, counts: torch.Tensor) -> None:
         """Repeat row i counts[i] times: the samples of one prompt continue from one prefill."""
-        self.keys = self.keys.repeat_interleave(counts, dim=0)
-        self.values = self.values.repeat_interleave(counts, dim=0)
-        self.rows = self.keys.shape[0]
+        self.keys, self.values = (b.repeat_interleave(counts, 0) for b in (self.keys, self.values))
+        self.rows = len(self.keys)
 
     def keep(self, holes: list[int], fillers: list[int], rows: int) -> None:
         """Copy the rows `fillers` into the rows `holes`, then use only the first `rows` rows."""
-        if holes:
-            self.keys[holes] = self.keys[fillers]
-            self.values[holes] = self.values[fillers]
+        self.keys[holes] = self.keys[fillers]
+        self.values[holes] = self.values[fillers]
         self.rows = rows
+
+
+def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
+    """Read ids (B, T) into the cache; returns the logits (B, V) of the token after the last one."""
+    # The library calls forward's cache past_key_values, and since 5.24 cache.
+    known = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    return model(ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
+                 **{name: cache}).logits[:, -1]
 
 
 # ---- sampling --------------------------------------------------------------------------------
@@ -329,8 +316,7 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
         probabilities = torch.zeros_like(ordered).scatter(-1, order, kept)
     rows, size = probabilities.shape
     width = int(size**0.5) + 1
-    blocks = torch.nn.functional.pad(probabilities, (0, width * width - size))
-    blocks = blocks.view(rows, width, width)
+    blocks = F.pad(probabilities, (0, width * width - size)).view(rows, width, width)
     upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
     target = uniforms.to(upto) * upto[:, -1]  # the total is 1 only up to rounding
     block = (upto <= target[:, None]).sum(-1).clamp(max=width - 1)
@@ -373,10 +359,8 @@ def prefill(model, prompts):
         rows = prompts[at : at + max(1, limit // len(prompts[at]))]
         ids, own = (x.to(model.device) for x in left_pad(rows))
         caches.append(Cache(layer_class_to_replicate=KVLayer))
-        logits.append(model(
-            ids, attention_mask=own, position_ids=(own.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=caches[-1], logits_to_keep=1,
-        ).logits[:, -1])  # of the last column only: no other is needed
+        position = (own.cumsum(-1) - 1).clamp(min=0)
+        logits.append(next_logits(model, ids, own, position, caches[-1]))
         at += len(rows)
     if len(caches) > 1:
         for layer, *others in zip(*(cache.layers for cache in caches)):
@@ -392,22 +376,21 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     sum(counts) in that order; uniforms: (sum(counts), max_new_tokens) float64. A sequence that
     has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row.
     """
-    device = model.device
     logits, cache, mask = prefill(model, prompts)
-    repeats = torch.tensor(counts, device=device)
+    repeats = torch.tensor(counts, device=model.device)
     if max(counts) > 1:
         logits = logits.repeat_interleave(repeats, 0)
         for layer in cache.layers:
             layer.spread(repeats)
-    alive = list(range(sum(counts)))  # the sequence that each row of the batch belongs to
+    alive = torch.arange(sum(counts))  # the sequence that each row of the batch belongs to
     length = mask.sum(-1).repeat_interleave(repeats)  # (rows,): the next token's position
     mask = mask.repeat_interleave(repeats, 0)
     mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
-    uniforms = torch.as_tensor(uniforms, device=device)
+    uniforms = torch.as_tensor(uniforms, device=model.device)
     for step in range(max_new_tokens):
         tokens = pick(logits, uniforms[alive, step], temperature, top_p)  # (rows,)
         values = tokens.tolist()
-        yield list(zip(alive, values))
+        yield list(zip(alive.tolist(), values))
         done = [row for row, token in enumerate(values) if token in eos_ids]
         rows = len(alive) - len(done)
         if rows == 0 or step + 1 == max_new_tokens:
@@ -417,18 +400,11 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
             fillers = sorted(set(range(rows, len(alive))) - set(done))
             for layer in cache.layers:
                 layer.keep(holes, fillers, rows)
-            for hole, filler in zip(holes, fillers):
-                alive[hole] = alive[filler]
-            for tensor in (mask, length, tokens):
+            for tensor in (mask, length, tokens, alive):
                 tensor[holes] = tensor[fillers]
-            del alive[rows:]
-            mask, length, tokens = mask[:rows], length[:rows], tokens[:rows]
-        logits = model(
-            tokens[:, None],
-            attention_mask=mask[:, : cache.get_seq_length() + 1],
-            position_ids=length[:, None],
-            past_key_values=cache,
-        ).logits[:, -1]
+            mask, length, tokens, alive = (x[:rows] for x in (mask, length, tokens, alive))
+        seen = mask[:, : cache.get_seq_length() + 1]
+        logits = next_logits(model, tokens[:, None], seen, length[:, None], cache)
         length = length + 1
 
 
@@ -458,24 +434,6 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def take_batch(jobs, prompts, max_new_tokens, budget) -> tuple[list, list]:
-    """Split jobs [(prompt index, [sample numbers])], longest first, into (batch, the rest).
-
-    A batch holds at most `budget` columns x rows, counted with every response at full length. A
-    prompt with more samples than fit is cut into groups, each of which prefills it once.
-    """
-    width = len(prompts[jobs[0][0]]) + max_new_tokens
-    room, batch = max(1, budget // width), []
-    for at, (index, samples) in enumerate(jobs):
-        if len(samples) > room:
-            if batch:
-                return batch, jobs[at:]
-            return [(index, samples[:room])], [(index, samples[room:])] + jobs[1:]
-        batch.append((index, samples))
-        room -= len(samples)
-    return batch, []
-
-
 def generate(
     model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(), seed=0,
     keys=None, token_budget=None, on_done=None, progress=None,
@@ -491,34 +449,37 @@ def generate(
     gives the same samples whatever the batch size. In bfloat16 the rounding of a matrix product
     depends on the batch's shape, which still changes a few per cent of the tokens.
 
-    Batches are sorted by length and hold at most token_budget tokens; out of memory halves it and
-    the unfinished go again. on_done(prompt index, sample, ids) is called as each sequence ends.
-    progress: a label for a bar, or None.
+    Batches are sorted by length and hold at most token_budget columns x rows with every response
+    at full length; out of memory halves it and the unfinished go again. on_done(prompt index,
+    sample, ids) is called as each sequence ends. progress: a label for a bar, or None.
     """
     check_length(model, prompts, max_new_tokens)
     keys = range(len(prompts)) if keys is None else keys
     budget = token_budget or TOKEN_BUDGET
     results = [[[] for _ in range(n)] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    jobs = [(i, list(range(n))) for i in longest_first if max_new_tokens > 0]
-    hidden = None if progress else True  # None: shown on a terminal only
-    bar = tqdm(total=len(prompts) * n, desc=progress, disable=hidden, unit="seq")
+    jobs = [(i, j) for i in longest_first for j in range(n) if max_new_tokens > 0]
+    # disable=None: shown on a terminal only
+    bar = tqdm(total=len(prompts) * n, desc=progress, disable=not progress or None, unit="seq")
     new_tokens, started = 0, time.perf_counter()
     while jobs:
-        batch, rest = take_batch(jobs, prompts, max_new_tokens, budget)
-        sequences = [(i, j) for i, samples in batch for j in samples]
-        drawn = [[] for _ in sequences]
-        streams = [uniform_stream(seed, keys[i], j, max_new_tokens) for i, j in sequences]
+        longest = len(prompts[jobs[0][0]]) + max_new_tokens
+        size = max(1, budget // longest)
+        # A prompt's samples stay together, so that it is read once, unless they alone are too many.
+        while size < len(jobs) and jobs[0][0] != jobs[size - 1][0] == jobs[size][0]:
+            size -= 1
+        batch, rest = jobs[:size], jobs[size:]
+        counts = Counter(i for i, _ in batch)
+        drawn = [[] for _ in batch]
+        streams = [uniform_stream(seed, keys[i], j, max_new_tokens) for i, j in batch]
         try:
-            for step in decode(
-                model, [prompts[i] for i, _ in batch], [len(samples) for _, samples in batch],
-                np.stack(streams), max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, eos_ids=eos_ids,
-            ):
+            for step in decode(model, [prompts[i] for i in counts], list(counts.values()),
+                               np.stack(streams), max_new_tokens=max_new_tokens,
+                               temperature=temperature, top_p=top_p, eos_ids=eos_ids):
                 for s, token in step:
                     drawn[s].append(token)
                     if token in eos_ids or len(drawn[s]) == max_new_tokens:
-                        i, j = sequences[s]
+                        i, j = batch[s]
                         results[i][j] = drawn[s]
                         if on_done:
                             on_done(i, j, drawn[s])
@@ -526,13 +487,11 @@ def generate(
                 new_tokens += len(step)
                 bar.set_postfix_str(speed(new_tokens, started, model.device), False)
         except RuntimeError as error:
-            longest = len(prompts[batch[0][0]]) + max_new_tokens
             if not out_of_memory(error) or budget <= longest:
                 raise
-            budget = max(longest, min(budget, len(sequences) * longest) // 2)
+            budget = max(longest, min(budget, len(batch) * longest) // 2)
             print(f"out of memory: going on with --token-budget {budget}", file=sys.stderr)
-        unfinished = [(i, [j for j in samples if not results[i][j]]) for i, samples in batch]
-        jobs = [job for job in unfinished if job[1]] + rest
+        jobs = [(i, j) for i, j in batch if not results[i][j]] + rest
     bar.close()
     return results
 
@@ -544,16 +503,16 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
     what a stopped run left there is not made again. InputError if that run had other `settings`,
     which are its first line. part = None keeps nothing.
     """
-    rows = read_jsonl(part, torn_ok=True) if part else []
+    part = Path(part or os.devnull)
+    rows = read_jsonl(part, torn_ok=True)
     for name, value in settings.items() if rows else ():
         if rows[0].get(name) != value:
             raise InputError(f"{part} is of a run with another {name} ({rows[0].get(name)!r}, now "
                              f"{value!r}): delete it or choose another output file")
     drawn = {(row["key"], row["sample"]): row["ids"] for row in rows[1:]}
     todo = [i for i, key in enumerate(keys) if any((key, j) not in drawn for j in range(n))]
-    if part:
-        part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part or os.devnull, "a", encoding="utf-8") as file:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "a", encoding="utf-8") as file:
 
         def keep(at, j, ids):
             key = keys[todo[at]]
@@ -574,10 +533,9 @@ def check_length(model, prompts, max_new_tokens: int) -> None:
     longest = max(map(len, prompts), default=0)
     if context and longest + max_new_tokens > context:
         index = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        raise InputError(
-            f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new ones it "
-            f"exceeds the model's context of {context}: shorten it or lower --max-new-tokens"
-        )
+        raise InputError(f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new "
+                         f"ones it exceeds the model's context of {context}: shorten it or lower "
+                         "--max-new-tokens")
 
 
 # ---- script ----------------------------------------------------------------------------------
@@ -593,17 +551,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_model_arguments(parser) -> None:
     """The flags that all scripts share: which model, where, and how it is asked."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="tiny", help="tiny, a folder or a hub name")
-    group.add_argument("--instruction", help="text added to every question (default: none for "
-                       f"the embedded model, else '{INSTRUCTION}')")
-    group.add_argument("--max-new-tokens", type=int,
-                       help="limit of a whole response (default: 160 for tiny, else 512)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="arithmetic; auto is bfloat16 where the processor is fast at it")
-    group.add_argument("--token-budget", type=int, default=TOKEN_BUDGET,
-                       help="most tokens in one sampling batch; lower it if memory is short")
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model", default="tiny", help="tiny, a folder or a hub name")
+    flag("--instruction", help="text added to every question (default: none for the embedded "
+         f"model, else '{INSTRUCTION}')")
+    flag("--max-new-tokens", type=int,
+         help="limit of a whole response (default: 160 for tiny, else 512)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+         help="arithmetic; auto is bfloat16 where the processor is fast at it")
+    flag("--token-budget", type=int, default=TOKEN_BUDGET,
+         help="most tokens in one sampling batch; lower it if memory is short")
 
 
 def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
@@ -625,31 +583,26 @@ def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     settings = options | {"seed": args.seed, "model": args.model, "n": args.n,
                           "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
     part = Path(f"{args.out}.part")
-    drawn = generate_to(
-        part, settings, model, prompts, range(len(prompts)), n=args.n, eos_ids=stops,
-        seed=args.seed, token_budget=args.token_budget, progress="sample", **options,
-    )
-    write_jsonl(args.out, (
-        sample_row(tokenizer, questions[i], args.instruction, "", prompts[i], ids, "full", stops)
-        | {"sample": j} for (i, j), ids in sorted(drawn.items())
-    ))
+    drawn = generate_to(part, settings, model, prompts, range(len(prompts)), n=args.n,
+                        eos_ids=stops, seed=args.seed, token_budget=args.token_budget,
+                        progress="sample", **options)
+    row = lambda i, ids: sample_row(tokenizer, questions[i], args.instruction, ids, stops)
+    write_jsonl(args.out, (row(i, ids) | {"sample": j} for (i, j), ids in sorted(drawn.items())))
     part.unlink()
     print(f"{len(prompts)} questions x {args.n} samples -> {args.out}")
 
 
-def sample_row(tokenizer, question, instruction, suffix, prompt, response, kind, stops) -> dict:
+def sample_row(tokenizer, question, instruction, response, stops, kind="full", suffix="") -> dict:
     """One line of samples.jsonl: ids to train on, and the chat messages that TRL reads.
 
     A response of kind "prefix" is cut in mid-sentence: its text need not tokenise back to the same
     ids (a cut may fall inside what a tokenizer would join), so the ids are what counts.
     """
     text = tokenizer.decode(response, skip_special_tokens=True)
-    return {
-        "question": question["question"],
-        **({"answer": question["answer"]} if "answer" in question else {}),
+    return {key: question[key] for key in ("question", "answer") if key in question} | {
         "prompt": user_turn(question["question"], instruction, suffix),
         "completion": [{"role": "assistant", "content": text}],
-        "prompt_ids": prompt,
+        "prompt_ids": prompt_ids(tokenizer, question["question"], instruction, suffix),
         "response_ids": response,
         "kind": kind,
         "finished": bool(response) and response[-1] in stops,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -41,12 +42,10 @@ PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
 def choose_kinds(count: int, structure: float, seed: int) -> list[str]:
     """ "full" for a random share `structure` of the questions, "prefix" for the others (3.3)."""
-    kinds = ["prefix"] * count
     # [1, seed] here and [2, seed, epoch] in `batches`: NumPy pads seeds with zeros, so seed and
     # [seed, 0] would be ONE stream, and the first batches would hold all the full traces.
-    for i in np.random.default_rng([1, seed]).permutation(count)[: round(structure * count)]:
-        kinds[i] = "full"
-    return kinds
+    full = set(np.random.default_rng([1, seed]).permutation(count)[: round(structure * count)])
+    return ["full" if i in full else "prefix" for i in range(count)]
 
 
 def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict], dict]:
@@ -62,40 +61,40 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     n = args.samples if filtered else 1
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
-    started = time.perf_counter()
+    part, started = folder / "samples.jsonl.part", time.perf_counter()
     limits = [("prefix", args.prefix), ("full", args.max_new_tokens)]
     # Whether an answer is right shows only at its end, so filtered samples are all full ones.
     for kind, limit in limits[filtered:]:
         keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
         drawn = sample.generate_to(
-            folder / "samples.jsonl.part", {}, model, [prompts[i] for i in keys], keys, n=n,
-            max_new_tokens=limit, temperature=args.temperature, eos_ids=stops, seed=args.seed,
-            token_budget=args.token_budget, progress=f"sample {kind}",
-        )
+            part, {}, model, [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit,
+            temperature=args.temperature, eos_ids=stops, seed=args.seed,
+            token_budget=args.token_budget, progress=f"sample {kind}")
     seconds = time.perf_counter() - started
-    rows, dropped = [], 0
+    rows = []
     for i, question in enumerate(questions):
         responses = [drawn[i, j] for j in range(n)]
         if filtered:
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             graded = [evaluate.grade(text, question["answer"])["correct"] for text in texts]
             responses = [ids for ids, right in zip(responses, graded) if right]
-        if not responses:
-            dropped += 1
-            continue
-        ids = responses[0][: args.prefix] if kinds[i] == "prefix" else responses[0]
-        suffix = SUFFIX if kinds[i] == "prefix" and args.template else ""
-        prompt = sample.prompt_ids(tokenizer, question["question"], args.instruction, suffix)
-        rows.append(sample.sample_row(
-            tokenizer, question, args.instruction, suffix, prompt, ids, kinds[i], stops
-        ))
+        if responses:
+            rows.append(training_row(tokenizer, question, responses[0], kinds[i], stops, args))
     tokens = sum(map(len, drawn.values()))
     return rows, {
         "sampled_tokens": tokens, "sampling_seconds": seconds,
         "sampling_tokens_per_second": None if args.resume else tokens / seconds,
         "sampling_peak_gib": sample.peak_memory(model.device, reset=True),
-        "questions": len(questions), "dropped_questions": dropped,
+        "questions": len(questions), "dropped_questions": len(questions) - len(rows),
     }
+
+
+def training_row(tokenizer, question, response, kind, stops, args) -> dict:
+    """A row of samples.jsonl; a prefix is cut to --prefix tokens, and its prompt ends in SUFFIX."""
+    prefix = kind == "prefix"
+    ids = response[: args.prefix] if prefix else response
+    suffix = SUFFIX if prefix and args.template else ""
+    return sample.sample_row(tokenizer, question, args.instruction, ids, stops, kind, suffix)
 
 
 def check_sample(row: dict) -> str | None:
@@ -118,22 +117,17 @@ def read_samples(tokenizer, args) -> list[dict]:
     rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
     end, made = sample.end_of_turn(tokenizer), []
     for row, drawn in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
-        kind = row.get("kind", drawn)
-        suffix = SUFFIX if kind == "prefix" and args.template else ""
-        prompt = sample.prompt_ids(tokenizer, row["question"], args.instruction, suffix)
-        if "response_ids" not in row:
+        ids = row.get("response_ids")
+        if ids is None:
             text = row["completion"]
             text = text if isinstance(text, str) else text[-1]["content"]
             finished = row.get("finished", row.get("kind") != "prefix")
             ids = tokenizer(text, add_special_tokens=False).input_ids + [end] * finished
-            ids = ids[: args.prefix] if kind == "prefix" else ids
-            row = sample.sample_row(
-                tokenizer, row, args.instruction, suffix, prompt, ids, kind, {end}
-            )
-        elif row["prompt_ids"] != prompt:
+        new = training_row(tokenizer, row, ids, row.get("kind", drawn), {end}, args)
+        if "response_ids" in row and row["prompt_ids"] != new["prompt_ids"]:
             raise InputError(f"{args.samples_from}: prompt_ids are not those that this model, "
                              "--instruction and --template give")
-        made.append(row)
+        made.append(row if "response_ids" in row else new)
     if not made:
         raise InputError(f"{args.samples_from} holds no samples")
     return made
@@ -149,12 +143,9 @@ def make_examples(rows: list[dict], end: int, add_eos: bool) -> list[dict]:
     add_eos a prefix is closed with the end-of-turn id, unless it ends by itself. A full trace
     ends with the EOS that it drew; one that ran into the length limit has none and gets none.
     """
-    examples = []
-    for row in rows:
-        closing = [end] if add_eos and row["kind"] == "prefix" and not row["finished"] else []
-        examples.append({"prompt": row["prompt_ids"], "response": row["response_ids"] + closing,
-                         "kind": row["kind"]})
-    return examples
+    closing = lambda row: [end] * (add_eos and row["kind"] == "prefix" and not row["finished"])
+    return [{"prompt": row["prompt_ids"], "response": row["response_ids"] + closing(row),
+             "kind": row["kind"]} for row in rows]
 
 
 def length(example: dict) -> int:
@@ -177,12 +168,9 @@ def micro_batches(examples: list[dict], size: int) -> list[list[dict]]:
     A piece is all prefixes or all full traces, of similar length: mixed, the long traces would
     set how many columns of logits the short ones compute.
     """
-    pieces = []
-    for kind in ("prefix", "full"):
-        group = [e for e in examples if e["kind"] == kind]
-        group.sort(key=length)
-        pieces += [group[at : at + size] for at in range(0, len(group), size)]
-    return pieces
+    groups = (sorted((e for e in examples if e["kind"] == kind), key=length)
+              for kind in ("prefix", "full"))
+    return [group[at : at + size] for group in groups for at in range(0, len(group), size)]
 
 
 # ---- 3. training -----------------------------------------------------------------------------
@@ -194,7 +182,7 @@ def head_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return cross_entropy(logits, targets, reduction="none")
 
 
 def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor:
@@ -205,13 +193,13 @@ def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor
     columns where the prompt has 100. Long traces meet it `chunk` positions at a time, each
     recomputed in the backward pass, so that logits never exist for all positions at once.
     """
-    ids, mask = sample.left_pad([e["prompt"] + e["response"] for e in examples])
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    rows = [e["prompt"] + e["response"] for e in examples]
+    ids, mask = (x.to(model.device) for x in sample.left_pad(rows))
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     longest = max(len(e["response"]) for e in examples)
-    hidden = model.base_model(
-        ids, attention_mask=mask, position_ids=position, use_cache=False
-    ).last_hidden_state[:, -longest - 1 : -1]  # (B, K, H): column k predicts column k + 1
+    out = model.base_model(ids, attention_mask=mask, position_ids=position, use_cache=False)
+    # (B, K, H): column k predicts column k + 1
+    hidden = out.last_hidden_state[:, -longest - 1 : -1]
     targets = ids[:, -longest:]  # (B, K)
     lengths = torch.tensor([len(e["response"]) for e in examples], device=model.device)
     real = torch.arange(longest, device=model.device) >= longest - lengths[:, None]  # (B, K)
@@ -230,8 +218,7 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
     """
     lengths = torch.tensor([len(e["response"]) for e in examples])
     if weighting == "token":
-        total = sum(len(e["response"]) for e in batch)
-        return torch.full((int(lengths.sum()),), 1 / total)
+        return torch.full((int(lengths.sum()),), 1 / sum(len(e["response"]) for e in batch))
     return (1 / (lengths * len(batch))).repeat_interleave(lengths)
 
 
@@ -267,8 +254,7 @@ class SplitAdamW:
     @staticmethod
     def join(weight: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
         """float32 master from its bfloat16 and int16 halves, exactly."""
-        upper = weight.view(torch.int16).int() << 16
-        return (upper + lost).view(torch.float32)
+        return ((weight.view(torch.int16).int() << 16) + lost).view(torch.float32)
 
     @staticmethod
     def split(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,9 +279,8 @@ class SplitAdamW:
                 m.copy_(mean)
                 v.copy_(square)
                 square.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
-                master = self.join(weight, lost).addcdiv_(
-                    mean, square, value=-lr / (1 - beta1**self.steps)
-                )
+                rate = lr / (1 - beta1**self.steps)
+                master = self.join(weight, lost).addcdiv_(mean, square, value=-rate)
                 upper, lower = self.split(master)
                 weight.copy_(upper)
                 lost.copy_(lower)
@@ -348,17 +333,15 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         loss = backward(model, batch, args.micro_batch, args.weighting)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}: training diverged. "
-                f"Lower --lr (now {args.lr}) or use --dtype float32"
-            )
+            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}: training "
+                             f"diverged. Lower --lr (now {args.lr}) or use --dtype float32")
         # (step + 1): even a run of one step moves the weights.
         optimizer.step(args.lr * min(1, (step + 1) / warmup))
         model.zero_grad()
         losses.append(loss)
         done_tokens += sum(map(length, batch))
-        speed = sample.speed(done_tokens, started, model.device)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed}", False)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {sample.speed(done_tokens, started, model.device)}", False)
         bar.update()
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(plan):
             save_checkpoint(folder, model, optimizer, losses)
@@ -382,7 +365,7 @@ def check_head(model, example: dict) -> None:
     """InputError if head_nll does not give this family's own logits (a scale that it lacks)."""
     ids = example["prompt"][-4:] + example["response"][:2]
     logits = model(torch.tensor([ids], device=model.device)).logits[0, -2].float()
-    own = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-1], device=model.device))
+    own = cross_entropy(logits, torch.tensor(ids[-1], device=model.device))
     ours = response_nll(model, [{"prompt": ids[:-1], "response": ids[-1:]}])[0]
     if abs(own - ours) > 0.05 * abs(own) + 0.02:
         raise InputError(f"head_nll in upft.py does not fit {type(model).__name__} ({ours}, {own})")
@@ -415,45 +398,43 @@ def parse_arguments(argv=None):
     raw = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=sample.Help)
     yes_no = argparse.BooleanOptionalAction
     sample.add_model_arguments(raw)
-    g = raw.add_argument_group("questions")
-    g.add_argument("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
-    g.add_argument("--limit", type=int, help="only the first questions")
-    g.add_argument("--eval-data", help="held-out questions with answers (default: tiny for tiny, "
-                   "the test file of a prepared --data, else no evaluation)")
-    g.add_argument("--eval-limit", type=int, help="only the first held-out questions")
-    g = raw.add_argument_group("what is sampled and trained on")
-    g.add_argument("--method", default="upft", choices=["upft", "sft", "rft"],
-                   help="prefixes; full traces; full traces filtered by the label")
-    g.add_argument("--prefix", type=int, default=8, help="t, tokens of a prefix")
-    g.add_argument("--structure", type=float, default=0.1, help="p, share of full traces")
-    g.add_argument("--temperature", type=float, default=0.6, help="of the training samples")
-    g.add_argument("--samples", type=int, default=16, help="per question, for rft or the filter")
-    g.add_argument("--label-filter", action="store_true", help="UPFT on samples that are right")
-    g.add_argument("--samples-from", help="train on the samples of this JSONL file, made elsewhere")
-    g.add_argument("--template", action=yes_no, default=True,
-                   help="end the user turn of a prefix example with the paper's task template")
-    g.add_argument("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
-    g = raw.add_argument_group("training")
-    g.add_argument("--lr", type=float, help="learning rate (default: 1e-5 for tiny, else 1e-6)")
-    g.add_argument("--epochs", type=int, default=1, help="passes over the examples")
-    g.add_argument("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
-    g.add_argument("--micro-batch", type=int, default=16, help="examples in memory at a time")
-    g.add_argument("--checkpointing", action=yes_no,
-                   help="recompute activations to save memory (default: not for tiny)")
-    g.add_argument("--warmup", type=float, default=0.03, help="share of the steps that warm up")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--weighting", default="example", choices=["example", "token"],
-                   help="what weighs the same in the loss")
-    g = raw.add_argument_group("run")
-    g.add_argument("--seed", type=int, default=0, help="of samples, full traces, batch order")
-    g.add_argument("--out", help="the run's folder (default: a new one under out/)")
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
-    g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+    flag = raw.add_argument_group("questions").add_argument
+    flag("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
+    flag("--limit", type=int, help="only the first questions")
+    flag("--eval-data", help="held-out questions with answers (default: tiny for tiny, "
+         "the test file of a prepared --data, else no evaluation)")
+    flag("--eval-limit", type=int, help="only the first held-out questions")
+    flag = raw.add_argument_group("what is sampled and trained on").add_argument
+    flag("--method", default="upft", choices=["upft", "sft", "rft"],
+         help="prefixes; full traces; full traces filtered by the label")
+    flag("--prefix", type=int, default=8, help="t, tokens of a prefix")
+    flag("--structure", type=float, default=0.1, help="p, share of full traces")
+    flag("--temperature", type=float, default=0.6, help="of the training samples")
+    flag("--samples", type=int, default=16, help="per question, for rft or the filter")
+    flag("--label-filter", action="store_true", help="UPFT on samples that are right")
+    flag("--samples-from", help="train on the samples of this JSONL file, made elsewhere")
+    flag("--template", action=yes_no, default=True,
+         help="end the user turn of a prefix example with the paper's task template")
+    flag("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
+    flag = raw.add_argument_group("training").add_argument
+    flag("--lr", type=float, help="learning rate (default: 1e-5 for tiny, else 1e-6)")
+    flag("--epochs", type=int, default=1, help="passes over the examples")
+    flag("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
+    flag("--micro-batch", type=int, default=16, help="examples in memory at a time")
+    flag("--checkpointing", action=yes_no,
+         help="recompute activations to save memory (default: not for tiny)")
+    flag("--warmup", type=float, default=0.03, help="share of the steps that warm up")
+    flag("--clip", type=float, default=1.0, help="largest gradient norm")
+    flag("--weighting", default="example", choices=["example", "token"],
+         help="what weighs the same in the loss")
+    flag = raw.add_argument_group("run").add_argument
+    flag("--seed", type=int, default=0, help="of samples, full traces, batch order")
+    flag("--out", help="the run's folder (default: a new one under out/)")
+    flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
+    flag("--resume", action="store_true", help="go on with the stopped run in --out")
     args = raw.parse_args(argv)
-    for name, value in (TINY_DEFAULTS if sample.is_tiny(args.model) else PAPER_DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    sample.fill_defaults(args)
+    defaults = TINY_DEFAULTS if sample.is_tiny(args.model) else PAPER_DEFAULTS
+    sample.fill_defaults(args, **defaults)
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
     check_arguments(args)
@@ -506,20 +487,17 @@ def open_folder(args) -> Path:
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file under a temporary name, then give it its own."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write one JSON value, indented; as with write_jsonl, never half a file."""
+    write_jsonl(path, [value], indent=1)
 
 
 def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) -> list[dict]:
     """samples.jsonl, from disk where the run already made it."""
     path = folder / "samples.jsonl"
     if not path.exists():
-        if args.samples_from:
-            rows, cost = questions, {"sampled_tokens": 0, "sampling_seconds": 0.0,
-                                     "questions": len(questions), "dropped_questions": 0}
-        else:
+        rows, cost = questions, {"sampled_tokens": 0, "sampling_seconds": 0.0,
+                                 "questions": len(questions), "dropped_questions": 0}
+        if not args.samples_from:
             rows, cost = collect(model, tokenizer, questions, args, folder)
         if not rows:
             raise InputError("no sampled answer was right, so nothing is left to train on")
@@ -547,15 +525,12 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
                          f"{args.micro_batch}), then --out {folder} --resume") from None
     seconds, processed = time.perf_counter() - started, args.epochs * sum(map(length, examples))
     metrics |= {
-        "examples": len(examples),
-        "full_examples": sum(e["kind"] == "full" for e in examples),
+        "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
         "tuned_tokens": sum(len(e["response"]) for e in examples),
-        "processed_tokens": processed,
-        "training_seconds": seconds,
+        "processed_tokens": processed, "training_seconds": seconds,
         "training_tokens_per_second": None if args.resume else processed / seconds,
-        "training_peak_gib": sample.peak_memory(model.device, reset=True),
-        "train_loss": losses,
+        "training_peak_gib": sample.peak_memory(model.device, reset=True), "train_loss": losses,
     }
     model.save_pretrained(folder / "model.tmp")
     tokenizer.save_pretrained(folder / "model.tmp")
@@ -564,20 +539,18 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     few = math.ceil(len(losses) / 10)
-    print(f"trained {len(losses)} steps on {len(examples):,} examples in "
-          f"{metrics['training_seconds']:.1f} s, mean loss of the first {few} steps "
-          f"{np.mean(losses[:few]):.3f}, of the last {np.mean(losses[-few:]):.3f} "
-          f"-> {folder / 'model'}")
+    print(f"trained {len(losses)} steps on {len(examples):,} examples in {seconds:.1f} s, mean "
+          f"loss of the first {few} steps {np.mean(losses[:few]):.3f}, of the last "
+          f"{np.mean(losses[-few:]):.3f} -> {folder / 'model'}")
     return model
 
 
 def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict) -> list[dict]:
     """Greedy accuracy on the held-out questions (one completion, as in the paper)."""
     path, started = folder / f"predictions_{name}.jsonl", time.perf_counter()
+    options = {k: getattr(args, k) for k in ("max_new_tokens", "instruction", "token_budget")}
     rows = read_jsonl(path) if path.exists() else evaluate.evaluate(
-        model, tokenizer, held_out, out=path, max_new_tokens=args.max_new_tokens,
-        instruction=args.instruction, token_budget=args.token_budget, label=f"evaluate {name}",
-    )
+        model, tokenizer, held_out, out=path, label=f"evaluate {name}", **options)
     metrics[name] = evaluate.summarize(rows)
     metrics.setdefault(f"{name}_evaluation_seconds", time.perf_counter() - started)
     # Reset here as well, so that on a GPU the peak of training is not that of an evaluation.
@@ -591,24 +564,19 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     """What the comparison says, in words: beyond noise or not, and whether the model collapsed."""
     low, high = 100 * paired["low"], 100 * paired["high"]
     noise = "beyond noise" if low > 0 or high < 0 else "within noise"
-    lines = [
-        f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
-        f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}"
-    ]
+    text = (f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
+            f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}")
     if tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
-        lines.append(
-            f"COLLAPSE: answers have shrunk from {base['mean_tokens']:.0f} to "
-            f"{tuned['mean_tokens']:.0f} tokens; the model has learned to stop, not to solve"
-        )
+        text += (f"\nCOLLAPSE: answers have shrunk from {base['mean_tokens']:.0f} to "
+                 f"{tuned['mean_tokens']:.0f} tokens; the model has learned to stop, not to solve")
     if tuned["no_answer"] + tuned["cut_off"] > base["no_answer"] + base["cut_off"] + 0.2:
-        lines.append("COLLAPSE: many answers are now cut off or hold no answer at all")
-    return "\n".join(lines)
+        text += "\nCOLLAPSE: many answers are now cut off or hold no answer at all"
+    return text
 
 
 def table(metrics: dict, paired: dict) -> str:
     """The run in one small table."""
-    base, tuned = metrics["base"], metrics["tuned"]
-    both = (base, tuned)
+    base, tuned = both = metrics["base"], metrics["tuned"]
     percent = lambda name: [f"{100 * m[name]:.1f} %" for m in both]
     rows = [
         ["", "base", "tuned"],
@@ -618,19 +586,15 @@ def table(metrics: dict, paired: dict) -> str:
         ["cut off", *percent("cut_off")],
         ["without an answer", *percent("no_answer")],
     ]
-    lines = [f"{a:<20}{b:>16}{c:>16}" for a, b, c in rows]
-    seconds = {
-        "sampling": metrics["sampling_seconds"],
-        "training": metrics["training_seconds"],
-        "evaluation": metrics["base_evaluation_seconds"] + metrics["tuned_evaluation_seconds"],
-    }
+    evaluation = metrics["base_evaluation_seconds"] + metrics["tuned_evaluation_seconds"]
     return "\n".join([
-        *lines,
+        *(f"{a:<20}{b:>16}{c:>16}" for a, b, c in rows),
         verdict(base, tuned, paired),
         f"{metrics['sampled_tokens']:,} sampled tokens, {metrics['tuned_tokens']:,} tuned tokens "
         f"in {metrics['examples']:,} examples ({metrics['full_examples']} full traces, "
         f"{metrics['full_cut_off']} cut off; {metrics['dropped_questions']} questions dropped)",
-        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+        f"seconds: sampling {metrics['sampling_seconds']:.1f}, training "
+        f"{metrics['training_seconds']:.1f}, evaluation {evaluation:.1f}"
         + (" (a resumed run: of the last part only)" if metrics["resumed"] else ""),
     ])
 
@@ -638,27 +602,23 @@ def table(metrics: dict, paired: dict) -> str:
 def main(argv=None):
     """Sample, train, save, and compare the model before and after."""
     args = parse_arguments(argv)
-    labels_needed = args.method == "rft" or args.label_filter
-    questions = None if args.samples_from else sample.load_questions(
-        args.data, "train", args.limit, need_answer=labels_needed
-    )
-    held_out = args.eval_data and sample.load_questions(
-        args.eval_data, "test", args.eval_limit, need_answer=True
-    )
+    load, filtered = sample.load_questions, args.method == "rft" or args.label_filter
+    questions = [] if args.samples_from else load(args.data, "train", args.limit, filtered)
+    held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    suffix = SUFFIX if args.template and args.method == "upft" else ""
+    for rows, end in ((questions, suffix), (held_out, "")):
+        prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
+        sample.check_length(model, prompts, args.max_new_tokens)
     if args.samples_from:
         questions = read_samples(tokenizer, args)
         sample.check_length(model, [r["prompt_ids"] + r["response_ids"] for r in questions], 0)
-    suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for rows, end in ((questions if not args.samples_from else [], suffix), (held_out or [], "")):
-        prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
-        sample.check_length(model, prompts, args.max_new_tokens)
     folder = open_folder(args)
     print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
-    metrics = json.loads(record.read_text()) if args.resume and record.exists() else {
-        name: getattr(args, name) for name in ("method", "prefix", "structure", "seed", "model")
-    }
+    metrics = {k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
+    if args.resume and record.exists():
+        metrics = json.loads(record.read_text())
     metrics["resumed"] = args.resume
     rows = get_samples(model, tokenizer, questions, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)

@@ -1,5 +1,7 @@
 """The sampling loop against the library's own generate, and against the distribution it claims."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,9 @@ def test_a_prompt_longer_than_the_context_is_named():
 def test_left_pad_literal_example():
     ids, mask = left_pad([[5, 6, 7], [8]])
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_no_argument_of_the_library_is_used_that_it_is_about_to_drop():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # 5.24: past_key_values became cache
+        generate(small_model(), ragged_prompts(3), max_new_tokens=3)
