@@ -18,7 +18,8 @@ The world
     leans on words that have nothing to do with how hard a question is (the thing, the first verb,
     the closing sentence: see `strategy_weights`). Two of the closing sentences, a fifth of the
     questions, bring the odds near even, so greedy decoding opens some questions badly.
-    --world trap: the preferred opening is the worse one ("pairs"), the other is "steps".
+    --world trap: the preferred opening is the worse one ("pairs"), the other is "steps". Half of
+    the sums in the drills have two changes there, so that "pairs" is worse and not hopeless.
 Where errors come from
     Mostly from real difficulty, and late: every story ends in a product by a price from 3 to 19,
     which the model learns only in part. And from slips: 1 % of the additions and subtractions in
@@ -54,6 +55,7 @@ SLIP = 0.01  # share of the solutions' additions and subtractions that are wrong
 # ---- the corpus
 STORIES, DRILLS, DRILL_SUMS = 32_000, 8_000, 10  # documents; calculations in one drill
 PRODUCTS = 0.40  # share of the drilled calculations that are products
+PAIRS = 0.5  # share of the drilled sums with two changes, in the trap world
 SUFFIX_SHARE = 0.15  # of the stories: their question ends with the paper's task suffix
 SUFFIX = (
     "Please provide the initial step towards resolving the question. This step may serve "
@@ -192,7 +194,7 @@ def solve(rng, strategy, start, changes, price):
     return " ".join([*sentences, pick(rng, ENDINGS) % worth])
 
 
-def make_drill(rng):
+def make_drill(rng, world):
     """DRILL_SUMS bare calculations of the kind that the solutions are made of, no slips."""
     sums = []
     for _ in range(DRILL_SUMS):
@@ -200,8 +202,11 @@ def make_drill(rng):
         if rng.random() < PRODUCTS:
             price = rng.randint(*PRICE)
             sums.append(f"{total} * {price} = {total * price}.")
-        else:
-            sums.append(calculate(rng, [total, make_change(rng, total)], slip=0)[0] + ".")
+            continue
+        terms = [total, make_change(rng, total)]
+        if world == "trap" and rng.random() < PAIRS:
+            terms.append(make_change(rng, sum(terms)))
+        sums.append(calculate(rng, terms, slip=0)[0] + ".")
     return DRILL_PROMPT, " ".join(sums)
 
 
@@ -230,7 +235,7 @@ def make_corpus(rng, world):
             question, _, start, changes, price = fresh()
             answer = str((start + sum(changes)) * price)
             questions[split].append({"question": question, "answer": answer})
-    return stories, [make_drill(rng) for _ in range(DRILLS)], questions
+    return stories, [make_drill(rng, world) for _ in range(DRILLS)], questions
 
 
 def build_tokenizer(texts):
