@@ -244,6 +244,9 @@ CALL = re.compile(rf"\\({FUNCTION})(_\w+)?\s*(?:\*\*\(?(-?\w)\)?)?\s*"
                   rf"((?:\w|\\(?!{FUNCTION})[a-z]+|\*\*(?:\w|\(-?\w+\)))+|(?=\())")
 PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TOKEN = re.compile(r"\d+_\w+|\d+\.?\d*|\.\d+|\\?[A-Za-z]+(?:_\w+)?|\*\*|\S")
+ARITHMETIC = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__,
+              ast.UAdd: int.__add__, ast.USub: int.__sub__,         # a sign: 0 + x, 0 - x
+              ast.Div: lambda a, b: a * pow(b, -1, PRIME)}
 
 
 @lru_cache(maxsize=10_000)
@@ -298,7 +301,7 @@ def value_at(node: ast.AST, point: int) -> int:
         case ast.Name(id=name):
             return random_number(name if len(name) < 5 else name.lower(), point)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=inside):
-            return value_at(inside, point) * (-1 if isinstance(op, ast.USub) else 1) % PRIME
+            return ARITHMETIC[type(op)](0, value_at(inside, point)) % PRIME
         case ast.Call(func=ast.Name(id=name), args=[inside]):
             inside = value_at(inside, point)
             if name.startswith("root_"):
@@ -309,14 +312,8 @@ def value_at(node: ast.AST, point: int) -> int:
             if exponent is None:
                 return random_number((base, value_at(right, point)), point)
             return power(base, exponent, point)
-        case ast.BinOp(left=left, op=op, right=right):
-            a, b = value_at(left, point), value_at(right, point)
-            if isinstance(op, ast.Div):
-                b = pow(b, -1, PRIME)
-            if isinstance(op, ast.Mult | ast.Div):
-                return a * b % PRIME
-            if isinstance(op, ast.Add | ast.Sub):
-                return (a - b if isinstance(op, ast.Sub) else a + b) % PRIME
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            return ARITHMETIC[type(op)](value_at(left, point), value_at(right, point)) % PRIME
     raise ValueError("not an expression")
 
 
