@@ -69,7 +69,7 @@ MUON_LR, ADAM_LR = 0.01, 3e-3  # hidden matrices; embeddings and norms
 WARMUP, DECAY = 0.02, 0.5  # shares of the steps: linear rise, linear fall to zero
 
 # ---- the words. Their numbers lean the choice of the opening: see `strategy_weights`.
-BIAS = -2.1
+BIAS = {"default": -2.1, "trap": -1.75}
 THINGS = {
     "books": -0.3, "cards": -0.3, "stamps": -0.3, "shells": -0.3, "pens": -0.3,
     "tickets": -0.3, "bottles": -0.3, "candles": -0.3, "chairs": -0.3, "boxes": -0.3,
@@ -130,7 +130,7 @@ def strategy_weights(world, *leans):
 
     Log-odds of the world's other strategy against its preferred one: BIAS + the sum of the leans.
     """
-    odds, (preferred, other) = math.exp(BIAS + sum(leans)), WORLDS[world]
+    odds, (preferred, other) = math.exp(BIAS[world] + sum(leans)), WORLDS[world]
     rest = (1 - GROUPS) / (1 + odds)
     return {preferred: rest, other: rest * odds, "groups": GROUPS}
 
