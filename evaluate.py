@@ -433,7 +433,7 @@ def canonical(text: str, loose: bool) -> tuple:
 def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool) -> tuple:
     """Return the canonical form of an equation, an inequality or a membership."""
     names = [is_name(part) for part in parts]
-    if set(signs) <= {"=", r"\in"} and (loose and names[0] or len(set(sides)) == 1):
+    if sides and set(signs) <= {"=", r"\in"} and (loose and names[0] or len(set(sides)) == 1):
         return sides[-1]
     if signs[0] in FLIPPED:
         sides, names, signs = sides[::-1], names[::-1], [FLIPPED.get(s, s) for s in signs[::-1]]

@@ -111,8 +111,11 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
     def check(row):
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             return 'no "question"'
-        if need_answer and row.get("answer") is None:
+        answer = "" if row.get("answer") is None else str(row["answer"]).strip()
+        if need_answer and not answer:
             return 'no "answer", which is needed here'
+        if need_answer and "####" in answer:
+            return '"answer" is a whole solution, not the final answer alone: see data/prepare.py'
 
     rows = read_jsonl(path, check=check)[:limit]
     if not rows:
@@ -130,7 +133,7 @@ def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype,
         return getattr(torch, dtype), "as asked"
     if parameters < 50e6:
         return torch.float32, "the model is small"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU is fast at it"
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # absent in some builds: False
     if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names):
@@ -148,6 +151,9 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+        if any("linear" in kind or "attention" not in kind for kind in kinds):
+            raise InputError("some of its layers keep a state that is not keys and values")
         chosen, why = choose_dtype(dtype, device, model.num_parameters())
         for parameter in model.parameters():
             # Not model.to(chosen): that would round the rotary frequencies, which are buffers that
@@ -442,7 +448,8 @@ def generate(
 
     prompts: token-id lists. A response ends with the first of eos_ids that was drawn (it is in
     the list) or after max_new_tokens. temperature 0 is greedy. Works on any causal language model
-    of the transformers library. InputError if a prompt with its response exceeds the context.
+    of the transformers library whose layers keep keys and values, and no other state. InputError
+    if a prompt with its response exceeds the context.
 
     Sequence (question, sample) draws from its own uniforms, made from (seed, keys[question],
     sample); keys are the prompts' numbers 0, 1, ... unless given. So in float32 the same seed
@@ -503,6 +510,7 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
     what a stopped run left there is not made again. InputError if that run had other `settings`,
     which are its first line. part = None keeps nothing.
     """
+    check_length(model, prompts, options["max_new_tokens"])
     part = Path(part or os.devnull)
     rows = read_jsonl(part, torn_ok=True)
     for name, value in settings.items() if rows else ():
@@ -625,6 +633,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
+    if args.out and (args.prompt or Path(args.out).exists()):
+        raise InputError("--out belongs to --data" if args.prompt else
+                         f"{args.out} exists already: delete it or choose another --out")
     fill_defaults(args)
     # A bad file is told before a model is loaded.
     questions = args.data and load_questions(args.data, args.split, args.limit)

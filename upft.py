@@ -97,10 +97,19 @@ def training_row(tokenizer, question, response, kind, stops, args) -> dict:
     return sample.sample_row(tokenizer, question, args.instruction, ids, stops, kind, suffix)
 
 
+def completion_text(row: dict) -> str | None:
+    """The text of a line's completion, be it text or chat messages; None if it is neither."""
+    text = row.get("completion")
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content")
+    return text if isinstance(text, str) else None
+
+
 def check_sample(row: dict) -> str | None:
     """What is wrong with a line of --samples-from, or None."""
     whole = {"prompt_ids", "response_ids", "kind", "finished"} <= set(row)
-    if not isinstance(row.get("question"), str) or not (whole or row.get("completion")):
+    usable = whole and row["response_ids"] if "response_ids" in row else completion_text(row)
+    if not isinstance(row.get("question"), str) or not usable:
         return 'needs "question" and "completion", or the fields of samples.jsonl'
     if row.get("kind", "full") not in ("prefix", "full"):
         return f'"kind" is {row["kind"]!r}, not "prefix" or "full"'
@@ -119,10 +128,9 @@ def read_samples(tokenizer, args) -> list[dict]:
     for row, drawn in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
         ids = row.get("response_ids")
         if ids is None:
-            text = row["completion"]
-            text = text if isinstance(text, str) else text[-1]["content"]
             finished = row.get("finished", row.get("kind") != "prefix")
-            ids = tokenizer(text, add_special_tokens=False).input_ids + [end] * finished
+            ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
+            ids += [end] * finished
         new = training_row(tokenizer, row, ids, row.get("kind", drawn), {end}, args)
         if "response_ids" in row and row["prompt_ids"] != new["prompt_ids"]:
             raise InputError(f"{args.samples_from}: prompt_ids are not those that this model, "
@@ -322,7 +330,6 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     optimizer = (SplitAdamW if half else Float32AdamW)(parameters)
     torch.manual_seed(args.seed)  # for models with dropout
     losses = load_checkpoint(folder, model, optimizer) if args.resume else []
-    check_head(model, examples[0])
     model.train()
     if args.checkpointing:
         enable_checkpointing(model)
@@ -361,12 +368,11 @@ def enable_checkpointing(model) -> None:
 
 
 @torch.no_grad()
-def check_head(model, example: dict) -> None:
+def check_head(model, ids: list[int]) -> None:
     """InputError if head_nll does not give this family's own logits (a scale that it lacks)."""
-    ids = example["prompt"][-4:] + example["response"][:2]
     logits = model(torch.tensor([ids], device=model.device)).logits[0, -2].float()
-    own = cross_entropy(logits, torch.tensor(ids[-1], device=model.device))
-    ours = response_nll(model, [{"prompt": ids[:-1], "response": ids[-1:]}])[0]
+    own = cross_entropy(logits, torch.tensor(ids[-1], device=model.device)).item()
+    ours = response_nll(model, [{"prompt": ids[:-1], "response": ids[-1:]}]).item()
     if abs(own - ours) > 0.05 * abs(own) + 0.02:
         raise InputError(f"head_nll in upft.py does not fit {type(model).__name__} ({ours}, {own})")
 
@@ -375,7 +381,11 @@ def save_checkpoint(folder: Path, model, optimizer, losses) -> None:
     """Everything that training needs to go on; replaces the one before only when complete."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
              "random": torch.get_rng_state()}
-    torch.save(state, folder / "checkpoint.pt.tmp")
+    try:
+        torch.save(state, folder / "checkpoint.pt.tmp")
+    except RuntimeError as error:  # what torch makes of a full disk
+        (folder / "checkpoint.pt.tmp").unlink(missing_ok=True)
+        raise InputError(f"cannot save a checkpoint ({error}); --save-every 0 makes none") from None
     os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
 
 
@@ -433,7 +443,11 @@ def parse_arguments(argv=None):
     flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     flag("--resume", action="store_true", help="go on with the stopped run in --out")
     args = raw.parse_args(argv)
-    defaults = TINY_DEFAULTS if sample.is_tiny(args.model) else PAPER_DEFAULTS
+    tiny = sample.is_tiny(args.model)
+    defaults = TINY_DEFAULTS if tiny else PAPER_DEFAULTS
+    if tiny and (Path(args.model) / "train.jsonl").exists():  # a world of data/make_tiny.py
+        defaults = defaults | {key: str(Path(args.model) / f"{split}.jsonl")
+                               for key, split in (("data", "train"), ("eval_data", "test"))}
     sample.fill_defaults(args, **defaults)
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
@@ -554,7 +568,8 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     metrics[name] = evaluate.summarize(rows)
     metrics.setdefault(f"{name}_evaluation_seconds", time.perf_counter() - started)
     # Reset here as well, so that on a GPU the peak of training is not that of an evaluation.
-    metrics[f"{name}_evaluation_peak_gib"] = sample.peak_memory(model.device, reset=True)
+    peak = sample.peak_memory(model.device, reset=True)
+    metrics.setdefault(f"{name}_evaluation_peak_gib", peak)
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
     return rows
@@ -606,6 +621,7 @@ def main(argv=None):
     questions = [] if args.samples_from else load(args.data, "train", args.limit, filtered)
     held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
     suffix = SUFFIX if args.template and args.method == "upft" else ""
     for rows, end in ((questions, suffix), (held_out, "")):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]

@@ -396,8 +396,8 @@ def main():
                         help="trap: the preferred opening is the less reliable one")
     args = parser.parse_args()
     if args.out is None:
-        if args.world != "default":
-            parser.error("--world needs --out: data/tiny holds the default world")
+        if args.world != "default" or args.seed:
+            parser.error("needs --out: data/tiny holds the default world, made with seed 0")
         args.out = Path(__file__).parent / "tiny"
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)

@@ -235,6 +235,10 @@ def test_a_part_file_of_another_run_is_refused(small, questions, tmp_path):
     with pytest.raises(InputError, match=r"another temperature \(None, now 0.0\)"):
         evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     assert part.read_text() == before
+    part.unlink()
+    with pytest.raises(InputError, match="context"):     # leaves nothing that a next run would meet
+        evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS | {"max_new_tokens": 10**6})
+    assert not part.exists()
     part.write_text('{"sett')                            # stopped in the first line: starts again
     evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     assert len(sample.read_jsonl(out)) == len(questions)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig
 
 import sample
 import upft
@@ -188,6 +188,17 @@ def write(tmp_path, text):
     return str(path)
 
 
+def granite(tmp_path):
+    """A family that scales its logits, which head_nll does not."""
+    config = GraniteConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, logits_scaling=9.0,
+                           num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                           initializer_range=0.5)  # fmt: skip
+    folder = tmp_path / "granite"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
 BAD = {
     "missing file": (lambda t: ["--data", "none.jsonl"], "no question file none.jsonl"),
     "unknown set": (lambda t: ["--data", "gsm9k"], "data/prepare.py"),
@@ -196,6 +207,15 @@ BAD = {
     "not an object": (lambda t: ["--data", write(t, '{"question": "1?"}\n7\n')], "line 2"),
     "no question": (lambda t: ["--data", write(t, '{"answer": "1"}\n')], 'no "question"'),
     "no answer": (lambda t: ["--eval-data", write(t, '{"question": "1?"}\n')], 'no "answer"'),
+    "whole solutions": (
+        lambda t: ["--eval-data", write(t, '{"question": "1?", "answer": "1 #### 1"}\n')],
+        "whole solution"),
+    "blank answer": (
+        lambda t: ["--eval-data", write(t, '{"question": "1?", "answer": " "}\n')], 'no "answer"'),
+    "other layers": (
+        lambda t: ["--model", tiny_without(t, "", layer_types=["linear_attention"] * 4)],
+        "not keys and values"),
+    "other logits": (lambda t: ["--model", granite(t), "--data", "tiny"], "head_nll in upft.py"),
     "rft without labels": (
         lambda t: ["--method", "rft", "--data", write(t, '{"question": "1?"}\n')], 'no "answer"'),
     "no such model": (lambda t: ["--model", str(t), "--data", "tiny"], "cannot load the model"),
@@ -240,6 +260,8 @@ def test_sample_script_writes_samples(tmp_path, capsys):
                  "--out", str(out)])
     rows = read_jsonl(out)
     assert [r["sample"] for r in rows] == [0, 1] * 3 and rows[0]["response_ids"]
+    with pytest.raises(InputError, match="exists already"):
+        sample.main(["--data", "tiny", "--limit", "3", "--out", str(out)])
     sample.main(["--prompt", rows[0]["question"]])
     assert "\\boxed{" in capsys.readouterr().out
 
@@ -363,9 +385,11 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     assert [r["response_ids"] for r in rows] == [whole[:8], whole[:3], whole + [end], whole]
     assert [r["finished"] for r in rows] == [False, False, True, False]
     assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[2]["prompt"] == rows[3]["prompt"]
-    file.write_text('{"question": "How many?"}\n')
-    with pytest.raises(InputError, match='line 1: needs "question" and "completion"'):
-        run_upft(tmp_path / "bad", "--samples-from", str(file))
+    for wrong in ({}, {"completion": ["text"]}, {"completion": text, "response_ids": [1]},
+                  {"completion": [{"role": "assistant", "content": ""}]}):
+        file.write_text(json.dumps({"question": "How many?"} | wrong))
+        with pytest.raises(InputError, match='line 1: needs "question" and "completion"'):
+            run_upft(tmp_path / "bad", "--samples-from", str(file))
     file.write_text(json.dumps(lines[0] | {"kind": "Prefix"}))
     with pytest.raises(InputError, match="""line 1: "kind" is 'Prefix'"""):
         run_upft(tmp_path / "bad", "--samples-from", str(file))
