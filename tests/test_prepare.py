@@ -300,6 +300,8 @@ def test_ctrl_c_while_downloading(server, out, tmp_path):
     """A real SIGINT to a real process that is in the middle of a body."""
     server.fault = "slow"
     code = (
+        # A background job of a shell starts with SIGINT ignored, and hands that on.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; sys.path.insert(0, sys.argv[1]); import prepare\n"
         "for file in prepare.FILES: file['url'] = sys.argv[2]\n"
         "sys.exit(prepare.main(['aime24', '--out', sys.argv[3]]))"
