@@ -448,7 +448,7 @@ def generate(
 
     prompts: token-id lists. A response ends with the first of eos_ids that was drawn (it is in
     the list) or after max_new_tokens. temperature 0 is greedy. Works on any causal language model
-    of transformers whose layers only keep keys and values. InputError: longer than the context.
+    of transformers whose layers only keep keys and values. InputError if one exceeds the context.
 
     Sequence (question, sample) draws from its own uniforms, made from (seed, keys[question],
     sample); keys are the prompts' numbers 0, 1, ... unless given. So in float32 the same seed

@@ -63,7 +63,8 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
     limits = [("prefix", args.prefix), ("full", args.max_new_tokens)]
-    # Whether an answer is right shows only at its end, so filtered samples are all full ones.
+    # Whether an answer is right shows only at its end, so filtered samples are all full ones:
+    # limits[True:] leaves the prefixes out.
     for kind, limit in limits[filtered:]:
         keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
         drawn = sample.generate_to(

@@ -236,8 +236,9 @@ def test_a_part_file_of_another_run_is_refused(small, questions, tmp_path):
         evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     assert part.read_text() == before
     part.unlink()
+    too_long = SETTINGS | {"max_new_tokens": 10**6}
     with pytest.raises(InputError, match="context"):     # leaves nothing that a next run would meet
-        evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS | {"max_new_tokens": 10**6})
+        evaluate.evaluate(model, tokenizer, questions, out=out, **too_long)
     assert not part.exists()
     part.write_text('{"sett')                            # stopped in the first line: starts again
     evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)

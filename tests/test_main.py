@@ -190,9 +190,9 @@ def write(tmp_path, text):
 
 def granite(tmp_path):
     """A family that scales its logits, which head_nll does not."""
-    config = GraniteConfig(vocab_size=1024, hidden_size=32, intermediate_size=64, logits_scaling=9.0,
+    config = GraniteConfig(vocab_size=1024, hidden_size=32, intermediate_size=64,
                            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                           initializer_range=0.5)  # fmt: skip
+                           logits_scaling=9.0, initializer_range=0.5)  # fmt: skip
     folder = tmp_path / "granite"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
