@@ -2,6 +2,7 @@
 
     python tests/reproduce.py coverage                     # Figure 2(a)
     python tests/reproduce.py rollouts                     # Figure 2(b)
+    python tests/reproduce.py openings                     # what an opening is worth
     python tests/reproduce.py tables --seeds 0 1 2 3 4     # Tables 1 and 2
     python tests/reproduce.py ablations --seeds 0 1 2      # Figure 3 and further choices
     python tests/reproduce.py figures                      # pictures of all of it
@@ -121,6 +122,36 @@ def rollouts(args):
     print(f"the curves part after t = {max(together, default=0)} "
           "(the last t at which the interval of the gap holds zero)")
     save(args, "rollouts", {"questions": len(starts), "rollouts": args.rollouts, "rows": rows})
+
+
+def openings(args):
+    """What an opening is worth: greedy accuracy on --eval-data with each of --force written first.
+
+    Answers that happen to begin alike tell nothing of it, for easy and hard questions are opened
+    differently. Here every question gets every opening, and the model goes on from there.
+    """
+    questions = sample.load_questions(args.eval_data, "test", args.eval_limit, need_answer=True)
+    model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
+    stops, found, free = sample.stop_ids(model, tokenizer), [], None
+    for text in ["", *args.force]:  # "": as the model likes
+        start = tokenizer(text, add_special_tokens=False).input_ids if text else []
+        drawn = sample.generate(
+            model, [p + start for p in prompts], max_new_tokens=args.max_new_tokens - len(start),
+            eos_ids=stops, token_budget=args.token_budget, progress="evaluate",
+        )  # fmt: skip
+        rows = [q | {"tokens": len(start + ids), "finished": ids[-1] in stops} | evaluate.grade(
+                    tokenizer.decode(start + ids, skip_special_tokens=True), q["answer"])
+                for q, [ids] in zip(questions, drawn)]  # fmt: skip
+        free = free or rows
+        row = {"opening": text, **evaluate.summarize(rows), "paired": evaluate.compare(free, rows)}
+        row["begin so"] = np.mean([r["text"].startswith(text) for r in free])
+        found.append(row)
+        low, high = (100 * row["paired"][end] for end in ("low", "high"))
+        print(f"{text or '(free)':<40} {100 * row['accuracy']:5.1f} %  {row['mean_tokens']:4.0f} "
+              f"tokens  {100 * row['paired']['difference']:+5.1f} [{low:+.1f}, {high:+.1f}]  "
+              f"{100 * row['begin so']:.1f} % of the free begin so")  # fmt: skip
+    save(args, "openings", {"questions": len(questions), "rows": found})
 
 
 # ---- fine-tuning runs ------------------------------------------------------------------------
@@ -408,7 +439,8 @@ def save(args, name: str, value: dict) -> None:
 
 def main(argv=None):
     """Run one subcommand."""
-    commands = {f.__name__: f for f in (coverage, rollouts, tables, ablations, figures)}
+    functions = coverage, rollouts, openings, tables, ablations, figures
+    commands = {f.__name__: f for f in functions}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -429,6 +461,9 @@ def main(argv=None):
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
     flag("--opening", default="gains first|by sorting|gains before",
          help="count the answers that begin so (default: the miniature's worse strategy)")
+    flag("--force", nargs="+", default=[f"Let's solve this {way}" for way in
+                                        ("step by step.", "with the gains first.")],
+         help="the beginnings of `openings`")
     flag("--limit", type=int, help="only the first training questions")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')

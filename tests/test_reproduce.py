@@ -83,3 +83,16 @@ def test_rollouts_without_a_mixed_question_say_so(reproduce, tmp_path, monkeypat
     monkeypatch.setattr(reproduce, "draw", lambda *_, **__: [[[1]] * 16] * 4)
     with pytest.raises(InputError, match="right and a wrong"):
         reproduce.main(["rollouts", "--out", str(tmp_path), "--questions", "4"])
+
+
+def test_openings_are_written_before_every_answer(reproduce, tmp_path, monkeypatch):
+    """What is forced stands at the head of each answer; what all begin with changes nothing."""
+    graded, grade = [], evaluate.grade
+    monkeypatch.setattr(evaluate, "grade", lambda *pair: graded.append(pair[0]) or grade(*pair))
+    reproduce.main(["openings", "--out", str(tmp_path), "--eval-limit", "8",
+                    "--force", "Let's solve this", "Let's solve this in order."])  # fmt: skip
+    free, same, forced = json.loads((tmp_path / "openings.json").read_text())["rows"]
+    assert [r["begin so"] for r in (free, same)] == [1, 1] and forced["begin so"] < 1
+    assert graded[:8] == graded[8:16] and free["mean_tokens"] == same["mean_tokens"]
+    assert all(text.startswith("Let's solve this in order. ") for text in graded[16:])
+    assert same["paired"]["won"] == same["paired"]["lost"] == []
