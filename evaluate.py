@@ -9,7 +9,6 @@
 import argparse
 import ast
 import hashlib
-import json
 import re
 from collections import Counter
 from fractions import Fraction
@@ -161,6 +160,7 @@ UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉�
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\!|\{,\}(?=\d{3})", ""),                             # 10,\!000 and 10{,}000
     (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\b)|~", " "),
+    (r"\s{3,}", "  "),                                  # long runs would cost n^4 below
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"^\s*(?:\\[(\[]|\*\*)|(?:\\[)\]]|\*\*)\s*$|`|\\?\$|[€£¥]", ""),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"), (r"\\varnothing", r"\\emptyset"),
@@ -215,7 +215,7 @@ def quote_word(match: re.Match) -> str:
     if lower in ("and", "or"):
         return " , "
     if lower in POWERS:
-        return rf"\cdot 10^{{{POWERS[lower]}}}"          # with two digits, as nobody writes it
+        return rf"\cdot 10^{{{POWERS[lower]}}}"          # "06": LOOSER knows by it a word was here
     if match[1] and re.search(r"[\d,(]", word):          # \text{October 30}
         return WORD.sub(quote_word, f" {word} ")
     keep = match[1] is None and (lower in MONTHS or not is_word(word.strip(".")))
@@ -259,8 +259,8 @@ def expression(text: str) -> tuple:
         number = Fraction(text)
         value = number.numerator * pow(number.denominator, -1, PRIME) % PRIME
         return "value", value, value
-    changes = 1
-    while changes:
+    changes = 1                                         # the first rule that changes something,
+    while changes:                                      # and again from the top, until none does
         for pattern, new in TO_PYTHON:
             text, changes = pattern.subn(new, text)
             if changes:
@@ -330,7 +330,8 @@ def rational(node: ast.AST) -> Fraction | None:
         case ast.Constant(value=int(n)):
             return Fraction(n)
         case ast.UnaryOp(op=ast.USub(), operand=inside):
-            return None if rational(inside) is None else -rational(inside)
+            value = rational(inside)
+            return value and -value
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             a, b = rational(left), rational(right)
             return a / b if a is not None and b else None
@@ -410,8 +411,9 @@ def canonical(text: str, loose: bool) -> tuple:
         parts = split_top(text, separator)
         if len(parts) > 1:
             items = [canonical(part, loose) for part in parts[::2] if part.strip()]
-            return relation(parts[::2], items, parts[1::2], loose) if separator == RELATION else (
-                "ratio", *items) if separator == ":" else unordered(items)
+            if separator == RELATION:
+                return relation(parts[::2], items, parts[1::2], loose)
+            return ("ratio", *items) if separator == ":" else unordered(items)
     inside = enclosed(text)
     if inside is not None and (text[0] == "\\" or len(split_top(inside, ",")) > 1):
         if text[0] in "\\{":                             # a set is a list
@@ -625,16 +627,9 @@ def evaluate(model, tokenizer, questions, *, out=None, max_new_tokens, n=1, temp
     goes on where it was, and the rows are in `out` at the end. InputError if out.part belongs to a
     different run, or if a prompt does not fit. `tokens` counts new tokens, the EOS included.
     """
-    options = dict(max_new_tokens=max_new_tokens, n=n, temperature=temperature, top_p=top_p,
-                   seed=seed)
-    asked = json.dumps([[q["question"], q["answer"]] for q in questions])
-    settings = options | {"instruction": instruction, "model": model.name_or_path,
-                          "questions": hashlib.sha256(asked.encode()).hexdigest()[:16]}
-    stops = sample.stop_ids(model, tokenizer)
-    prompts = [sample.prompt_ids(tokenizer, q["question"], instruction) for q in questions]
-    part = Path(f"{out}.part") if out else None
-    drawn = sample.generate_to(part, settings, model, prompts, range(len(prompts)), **options,
-                               eos_ids=stops, token_budget=token_budget, progress=label)
+    drawn, stops = sample.ask(
+        out, model, tokenizer, questions, instruction, label, token_budget,
+        max_new_tokens=max_new_tokens, n=n, temperature=temperature, top_p=top_p, seed=seed)
     rows = []
     for i, question in enumerate(questions):
         row = {k: question[k] for k in ("question", "answer", "level", "subject") if k in question}
@@ -645,7 +640,7 @@ def evaluate(model, tokenizer, questions, *, out=None, max_new_tokens, n=1, temp
         rows.append(row | (completions[0] if n == 1 else {"completions": completions}))
     if out:
         sample.write_jsonl(out, rows)
-        part.unlink(missing_ok=True)
+        Path(f"{out}.part").unlink()
     return rows
 
 
@@ -660,11 +655,14 @@ def grade(text: str, gold: str) -> dict:
 
 def read_predictions(path) -> list[dict]:
     """Return the rows of a predictions file; InputError that names the row if one is no row."""
+    types = dict(text=str, prediction=str | None, correct=bool, tokens=int, finished=bool)
+    fits = lambda c: isinstance(c, dict) and all(
+        name in c and isinstance(c[name], kind) for name, kind in types.items())
     rows = sample.read_jsonl(path)
     for number, row in enumerate(rows, 1):
-        fields = {"text", "prediction", "correct", "tokens", "finished"}
-        if not {"question", "answer"} <= set(row) or not all(
-                isinstance(c, dict) and fields <= set(c) for c in completions_of(row)):
+        several = row.get("completions", [row])
+        if not (isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)
+                and isinstance(several, list) and several and all(map(fits, several))):
             raise InputError(f"{path}, row {number}: not a row of predictions")
     if len({len(completions_of(row)) for row in rows}) != 1:
         raise InputError(f"{path} has no rows, or rows with different numbers of completions")
@@ -680,9 +678,10 @@ def print_summary(rows: list[dict]) -> None:
                 groups.setdefault(f"{key} {row[key]}", []).append(row)
     print(f"{'':<32}{'n':>6}  accuracy   95 % interval  tokens  cut off  no answer")
     for name, group in sorted(groups.items()):
-        s = {key: v * (100 if isinstance(v, float) else 1) for key, v in summarize(group).items()}
+        s = summarize(group)
+        s |= {key: 100 * s[key] for key in ("accuracy", "low", "high", "cut_off", "no_answer")}
         print(f"{name:<32}{s['n']:>6}{s['accuracy']:>8.1f} %  {s['low']:5.1f} .. {s['high']:5.1f}"
-              f"{s['mean_tokens'] / 100:>8.0f}{s['cut_off']:>7.1f} %{s['no_answer']:>9.1f} %")
+              f"{s['mean_tokens']:>8.0f}{s['cut_off']:>7.1f} %{s['no_answer']:>9.1f} %")
     several = [f"{key} {100 * value:.1f} %" for key, value in summarize(rows).items() if "@" in key]
     print("  ".join(several + [f"one question = {100 / len(rows):.2g} points"]))
 
@@ -717,17 +716,10 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=sample.Help)
     flag = parser.add_argument
-    flag("--data", help="questions: tiny, a prepared set or a JSONL file")
-    flag("--out", help="file for the predictions (JSONL)")
     flag("--regrade", metavar="FILE", help="grade stored predictions again, without a model; in "
          "place unless --out is given")
     flag("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
-    flag("--split", default="test", help="of a --data name: train, dev or test")
-    flag("--limit", type=int, help="only the first questions")
-    flag("--n", type=int, default=1, help="completions per question")
-    flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
-    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
-    flag("--seed", type=int, default=0, help="same seed, same completions")
+    sample.add_question_arguments(parser, split="test")
     sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.data, args.regrade, args.compare))) != 1 or args.data and not args.out:
@@ -741,10 +733,11 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.compare:
         return print_comparison(*map(read_predictions, args.compare))
-    if args.regrade:
-        return print_summary(regrade(args.regrade, args.out or args.regrade))
-    if Path(args.out).exists():
+    args.out = args.out or args.regrade
+    if args.out != args.regrade and Path(args.out).exists():
         raise InputError(f"{args.out} exists already: delete it or choose another --out")
+    if args.regrade:
+        return print_summary(regrade(args.regrade, args.out))
     questions = sample.load_questions(args.data, args.split, args.limit, need_answer=True)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     names = ("out", "max_new_tokens", "n", "temperature", "top_p", "seed", "instruction",
