@@ -43,12 +43,16 @@ def run(main):
     transformers_logging.disable_progress_bar()
     try:
         main()
-    except (InputError, OSError) as error:  # OSError: a full disk, a folder without permission
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; what was written so far is kept", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:  # OSError: a full disk, a folder without permission
+        if out_of_memory(error):
+            error = "out of memory with one sequence alone: lower --max-new-tokens"
+        elif not isinstance(error, (InputError, OSError)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -195,8 +199,10 @@ def fill_defaults(args, **defaults) -> None:
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.temperature < 0 or args.seed < 0:
-        raise InputError("--temperature and --seed must not be negative")
+    if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
+        raise InputError("--temperature must be 0 (greedy) or lie between 0.001 and 1000")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie between 0 and 2^63 - 1, not {args.seed}")
     if not 0 < getattr(args, "top_p", 1.0) <= 1:
         raise InputError(f"--top-p must lie in (0, 1], not {args.top_p}")
 
@@ -471,7 +477,7 @@ def generate(
     while jobs:
         longest = len(prompts[jobs[0][0]]) + max_new_tokens
         size = max(1, budget // longest)
-        # A prompt's samples stay together, so that it is read once, unless they alone are too many.
+        # A prompt's samples stay together, to read it once: no cut inside any prompt but the first.
         while size < len(jobs) and jobs[0][0] != jobs[size - 1][0] == jobs[size][0]:
             size -= 1
         batch, rest = jobs[:size], jobs[size:]
@@ -534,6 +540,24 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
     return drawn
 
 
+def ask(out, model, tokenizer, questions, instruction, progress, token_budget, **options):
+    """Whole responses to questions, kept in `out`.part as they come (None: nowhere).
+
+    Returns ({(question number, sample): ids}, stop ids). options: as generate() takes them.
+    """
+    prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
+    settings = options | {"model": model.name_or_path, "prompts": fingerprint(prompts)}
+    options |= dict(eos_ids=stop_ids(model, tokenizer), token_budget=token_budget)
+    drawn = generate_to(out and f"{out}.part", settings, model, prompts, range(len(prompts)),
+                        progress=progress, **options)
+    return drawn, options["eos_ids"]
+
+
+def fingerprint(prompts) -> str:
+    """Tells lists of prompts apart: a stopped run must not go on with other questions."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
 def check_length(model, prompts, max_new_tokens: int) -> None:
     """InputError where the longest prompt with its response does not fit the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
@@ -571,6 +595,19 @@ def add_model_arguments(parser) -> None:
          help="most tokens in one sampling batch; lower it if memory is short")
 
 
+def add_question_arguments(parser, split: str) -> None:
+    """The flags of sample.py and evaluate.py: which questions, and how often they are asked."""
+    flag = parser.add_argument_group("questions").add_argument
+    flag("--data", help="tiny, a prepared set or a JSONL file of questions")
+    flag("--split", default=split, help="of a --data name: train, dev or test")
+    flag("--limit", type=int, help="only the first questions")
+    flag("--n", type=int, default=1, help="samples per question")
+    flag("--out", help="file for what --data samples (JSONL)")
+    flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
+    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
+    flag("--seed", type=int, default=0, help="same seed, same samples")
+
+
 def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
     """Print one answer as it comes. Half a UTF-8 character waits for its other half."""
     ids, shown, stops = [], "", stop_ids(model, tokenizer)
@@ -585,18 +622,12 @@ def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
 
 def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
-    prompts = [prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
-    stops = stop_ids(model, tokenizer)
-    settings = options | {"seed": args.seed, "model": args.model, "n": args.n,
-                          "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
-    part = Path(f"{args.out}.part")
-    drawn = generate_to(part, settings, model, prompts, range(len(prompts)), n=args.n,
-                        eos_ids=stops, seed=args.seed, token_budget=args.token_budget,
-                        progress="sample", **options)
+    drawn, stops = ask(args.out, model, tokenizer, questions, args.instruction, "sample",
+                       args.token_budget, n=args.n, seed=args.seed, **options)
     row = lambda i, ids: sample_row(tokenizer, questions[i], args.instruction, ids, stops)
     write_jsonl(args.out, (row(i, ids) | {"sample": j} for (i, j), ids in sorted(drawn.items())))
-    part.unlink()
-    print(f"{len(prompts)} questions x {args.n} samples -> {args.out}")
+    Path(f"{args.out}.part").unlink()
+    print(f"{len(questions)} questions x {args.n} samples -> {args.out}")
 
 
 def sample_row(tokenizer, question, instruction, response, stops, kind="full", suffix="") -> dict:
@@ -620,17 +651,10 @@ def main(argv=None):
     """Parse the flags; answer one prompt, or write samples for a file of questions."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
-    parser.add_argument("--data", help="tiny, a prepared set or a JSONL file of questions")
-    parser.add_argument("--split", default="train", help="of a --data name: train, dev or test")
-    parser.add_argument("--limit", type=int, help="only the first questions")
-    parser.add_argument("--n", type=int, default=1, help="samples per question")
-    parser.add_argument("--out", help="where --data writes its samples (JSONL)")
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same samples")
+    add_question_arguments(parser, split="train")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    if (args.prompt is None) == (args.data is None) or (args.data and not args.out):
+    if bool(args.prompt) == bool(args.data) or (args.data and not args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
     if args.out and (args.prompt or Path(args.out).exists()):
         raise InputError("--out belongs to --data" if args.prompt else

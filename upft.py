@@ -62,14 +62,14 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
-    limits = [("prefix", args.prefix), ("full", args.max_new_tokens)]
-    # Whether an answer is right shows only at its end, so filtered samples are all full ones:
-    # limits[True:] leaves the prefixes out.
-    for kind, limit in limits[filtered:]:
+    limits = {"prefix": args.prefix, "full": args.max_new_tokens}
+    if filtered:
+        del limits["prefix"]  # whether an answer is right shows only at its end
+    for kind, limit in limits.items():
         keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
-        drawn = sample.generate_to(
-            part, {}, model, [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit,
-            temperature=args.temperature, eos_ids=stops, seed=args.seed,
+        drawn = sample.generate_to(  # all that the file holds: both kinds, after the second
+            part, {"prompts": sample.fingerprint(prompts)}, model, [prompts[i] for i in keys], keys,
+            n=n, max_new_tokens=limit, temperature=args.temperature, eos_ids=stops, seed=args.seed,
             token_budget=args.token_budget, progress=f"sample {kind}")
     seconds = time.perf_counter() - started
     rows = []
@@ -108,10 +108,15 @@ def completion_text(row: dict) -> str | None:
 
 def check_sample(row: dict) -> str | None:
     """What is wrong with a line of --samples-from, or None."""
-    whole = {"prompt_ids", "response_ids", "kind", "finished"} <= set(row)
-    usable = whole and row["response_ids"] if "response_ids" in row else completion_text(row)
+    ids = row.get("response_ids")
+    usable = completion_text(row)
+    if "response_ids" in row:  # made here
+        usable = {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
+        usable = usable and all(isinstance(i, int) and i >= 0 for i in ids)
     if not isinstance(row.get("question"), str) or not usable:
         return 'needs "question" and "completion", or the fields of samples.jsonl'
+    if not isinstance(row.get("finished", True), bool):
+        return f'"finished" is {row["finished"]!r}, not true or false'
     if row.get("kind", "full") not in ("prefix", "full"):
         return f'"kind" is {row["kind"]!r}, not "prefix" or "full"'
 
@@ -133,8 +138,9 @@ def read_samples(tokenizer, args) -> list[dict]:
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
             ids += [end] * finished
         new = training_row(tokenizer, row, ids, row.get("kind", drawn), {end}, args)
-        if "response_ids" in row and row["prompt_ids"] != new["prompt_ids"]:
-            raise InputError(f"{args.samples_from}: prompt_ids are not those that this model, "
+        if "response_ids" in row and (
+                row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
+            raise InputError(f"{args.samples_from}: its ids are not those that this model, "
                              "--instruction and --template give")
         made.append(row if "response_ids" in row else new)
     if not made:
@@ -446,8 +452,9 @@ def parse_arguments(argv=None):
     args = raw.parse_args(argv)
     tiny = sample.is_tiny(args.model)
     defaults = TINY_DEFAULTS if tiny else PAPER_DEFAULTS
-    if tiny and (Path(args.model) / "train.jsonl").exists():  # a world of data/make_tiny.py
-        defaults = defaults | {key: str(Path(args.model) / f"{split}.jsonl")
+    world = Path(args.model).expanduser()
+    if tiny and (world / "train.jsonl").exists():  # a world of data/make_tiny.py
+        defaults = defaults | {key: str(world / f"{split}.jsonl")
                                for key, split in (("data", "train"), ("eval_data", "test"))}
     sample.fill_defaults(args, **defaults)
     if args.method != "upft":
@@ -491,13 +498,10 @@ def open_folder(args) -> Path:
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
         return folder
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is in use: give another --out, or --resume it")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is in use: give another --out, or --resume it")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, settings)
     return folder
 
 
@@ -547,8 +551,11 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         "training_tokens_per_second": None if args.resume else processed / seconds,
         "training_peak_gib": sample.peak_memory(model.device, reset=True), "train_loss": losses,
     }
-    model.save_pretrained(folder / "model.tmp")
-    tokenizer.save_pretrained(folder / "model.tmp")
+    try:
+        model.save_pretrained(folder / "model.tmp")
+        tokenizer.save_pretrained(folder / "model.tmp")
+    except Exception as error:  # a full disk has a name of its own in safetensors
+        raise InputError(f"cannot save the model in {folder}: {error}") from None
     write_json(folder / "metrics.json", metrics)
     os.replace(folder / "model.tmp", folder / "model")
     model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as

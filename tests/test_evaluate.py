@@ -318,6 +318,11 @@ def test_compare_says_what_one_question_weighs(tmp_path, capsys):
     (["--data", "q.jsonl", "--out", "x.jsonl", "--temperature", "-1"], "--temperature"),
     (["--data", "q.jsonl", "--out", "x.jsonl", "--model", "no-such-model"], "no-such-model"),
     (["--data", "q.jsonl", "--out", "p.jsonl"], "exists already"),
+    (["--regrade", "p.jsonl", "--out", "other.jsonl"], "exists already"),
+    (["--regrade", "types.jsonl"], "types.jsonl, row 1"),
+    (["--regrade", "list.jsonl"], "list.jsonl, row 1"),
+    (["--data", "q.jsonl", "--out", "x.jsonl", "--temperature", "nan"], "--temperature"),
+    (["--data", "q.jsonl", "--out", "x.jsonl", "--seed", str(2**64)], "--seed"),
 ])
 def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -325,6 +330,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, tmp_path, ca
     sample.write_jsonl("unlabelled.jsonl", [{"question": "1 + 1?"}])
     sample.write_jsonl("p.jsonl", rows_of([1], [0]))
     sample.write_jsonl("other.jsonl", rows_of([1]))
+    sample.write_jsonl("types.jsonl", [row | {"answer": 5} for row in rows_of([1])])
+    sample.write_jsonl("list.jsonl", [row | {"completions": 5} for row in rows_of([1])])
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     (tmp_path / "empty.jsonl").write_text("")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -254,6 +254,44 @@ def test_resume_refuses_other_settings(finished):
         run_upft(finished[0], "--prefix", "4", "--resume")
 
 
+def test_resume_refuses_other_questions_under_the_same_name(tmp_path, monkeypatch):
+    """Samples are kept by the number of their question: reversed, each would get another's."""
+    questions, file = read_jsonl(TINY / "train.jsonl")[:40], tmp_path / "q.jsonl"
+    sample.write_jsonl(file, questions)
+    flags = ["--data", str(file), "--eval-limit", "1"]
+    monkeypatch.setattr(upft, "write_json", stop_after(upft.write_json, "metrics.json"))
+    with pytest.raises(KeyboardInterrupt):
+        run_upft(tmp_path / "run", *flags)
+    monkeypatch.undo()
+    sample.write_jsonl(file, questions[::-1])
+    with pytest.raises(InputError, match="another prompts"):
+        run_upft(tmp_path / "run", *flags, "--resume")
+
+
+def stop_after(write, name):
+    """write_json that is interrupted before it writes the file `name`."""
+    def stopped(path, value):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write(path, value)
+    return stopped
+
+
+def test_a_model_that_cannot_be_saved_is_one_clear_line(tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise Exception("No space left on device")  # as SafetensorError, which is no OSError
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full_disk)
+    with pytest.raises(InputError, match="cannot save the model in .*No space left"):
+        run_upft(tmp_path / "run", "--limit", "8", "--eval-limit", "1")
+
+
+def test_a_home_folder_is_found_for_questions_as_for_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "world").symlink_to(TINY)
+    args = upft.parse_arguments(["--model=~/world"])
+    assert args.data == str(tmp_path / "world/train.jsonl")
+
+
 def test_sample_script_writes_samples(tmp_path, capsys):
     out = tmp_path / "samples.jsonl"
     sample.main(["--data", "tiny", "--limit", "3", "--n", "2", "--max-new-tokens", "40",
@@ -393,7 +431,15 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     file.write_text(json.dumps(lines[0] | {"kind": "Prefix"}))
     with pytest.raises(InputError, match="""line 1: "kind" is 'Prefix'"""):
         run_upft(tmp_path / "bad", "--samples-from", str(file))
-    with pytest.raises(InputError, match="prompt_ids are not those"):
+    file.write_text(json.dumps(lines[0] | {"finished": "yes"}))
+    with pytest.raises(InputError, match="""line 1: "finished" is 'yes'"""):
+        run_upft(tmp_path / "bad", "--samples-from", str(file))
+    row = read_jsonl(ours)[0]
+    for ids, told in ((5, "needs"), ([1.5], "needs"), ([10**6], "its ids are not those")):
+        file.write_text(json.dumps(row | {"response_ids": ids}))
+        with pytest.raises(InputError, match=told):
+            run_upft(tmp_path / "bad", "--samples-from", str(file))
+    with pytest.raises(InputError, match="its ids are not those"):
         run_upft(tmp_path / "bad", "--samples-from", str(ours), "--no-template")
     assert not (tmp_path / "bad").exists()
 

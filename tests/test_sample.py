@@ -198,6 +198,17 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(capsys):
     assert "--token-budget" in capsys.readouterr().err
 
 
+def test_out_of_memory_with_one_sequence_is_one_clear_line(monkeypatch, capsys):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(sample, "decode", too_large)
+    with pytest.raises(SystemExit) as stop:
+        sample.run(lambda: generate(small_model(), ragged_prompts(4), max_new_tokens=10))
+    *halvings, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and last.startswith("error: out of memory with one sequence")
+    assert halvings and all("going on with --token-budget" in line for line in halvings)
+
+
 def test_a_prompt_longer_than_the_context_is_named():
     with pytest.raises(InputError, match="prompt 2 has 120 tokens.*context of 128"):
         generate(small_model(), [[1], [1] * 120], max_new_tokens=20)
