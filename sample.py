@@ -546,7 +546,7 @@ def ask(out, model, tokenizer, questions, instruction, progress, token_budget, *
     Returns ({(question number, sample): ids}, stop ids). options: as generate() takes them.
     """
     prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
-    settings = options | {"model": model.name_or_path, "prompts": fingerprint(prompts)}
+    settings = options | {"model": model.name_or_path, "set of prompts": fingerprint(prompts)}
     options |= dict(eos_ids=stop_ids(model, tokenizer), token_budget=token_budget)
     drawn = generate_to(out and f"{out}.part", settings, model, prompts, range(len(prompts)),
                         progress=progress, **options)

@@ -68,9 +68,10 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     for kind, limit in limits.items():
         keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
         drawn = sample.generate_to(  # all that the file holds: both kinds, after the second
-            part, {"prompts": sample.fingerprint(prompts)}, model, [prompts[i] for i in keys], keys,
-            n=n, max_new_tokens=limit, temperature=args.temperature, eos_ids=stops, seed=args.seed,
-            token_budget=args.token_budget, progress=f"sample {kind}")
+            part, {"set of prompts": sample.fingerprint(prompts)}, model,
+            [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit, eos_ids=stops,
+            temperature=args.temperature, seed=args.seed, token_budget=args.token_budget,
+            progress=f"sample {kind}")
     seconds = time.perf_counter() - started
     rows = []
     for i, question in enumerate(questions):

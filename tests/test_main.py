@@ -264,7 +264,7 @@ def test_resume_refuses_other_questions_under_the_same_name(tmp_path, monkeypatc
         run_upft(tmp_path / "run", *flags)
     monkeypatch.undo()
     sample.write_jsonl(file, questions[::-1])
-    with pytest.raises(InputError, match="another prompts"):
+    with pytest.raises(InputError, match="another set of prompts"):
         run_upft(tmp_path / "run", *flags, "--resume")
 
 
