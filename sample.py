@@ -287,10 +287,14 @@ class KVLayer(DynamicLayer):
             ]))
         self.rows, self.length = len(self.keys), width
 
-    def spread(self, counts: torch.Tensor) -> None:
-        """Repeat row i counts[i] times: the samples of one prompt continue from one prefill."""
-        self.keys, self.values = (b.repeat_interleave(counts, 0) for b in (self.keys, self.values))
-        self.rows = len(self.keys)
+    def spread(self, counts: torch.Tensor, pad: int) -> None:
+        """Repeat row i counts[i] times: the samples of one prompt continue from one prefill.
+
+        pad: columns that are put before the others, and have to be masked.
+        """
+        self.keys, self.values = (F.pad(b.repeat_interleave(counts, 0), (0, 0, pad, 0))
+                                  for b in (self.keys, self.values))
+        self.rows, self.length = len(self.keys), self.length + pad
 
     def keep(self, holes: list[int], fillers: list[int], rows: int) -> None:
         """Copy the rows `fillers` into the rows `holes`, then use only the first `rows` rows."""
@@ -393,13 +397,17 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     """
     logits, cache, mask = prefill(model, prompts)
     repeats = torch.tensor(counts, device=model.device)
+    pad = 0
     if max(counts) > 1:
+        # Samples of one prompt alone have nothing to mask, and then the library chooses a kernel
+        # (enable_gqa) that takes a CPU seven times as long and more: so there is a masked column.
+        pad = int(model.device.type == "cpu")
         logits = logits.repeat_interleave(repeats, 0)
         for layer in cache.layers:
-            layer.spread(repeats)
+            layer.spread(repeats, pad)
     alive = torch.arange(sum(counts))  # the sequence that each row of the batch belongs to
     length = mask.sum(-1).repeat_interleave(repeats)  # (rows,): the next token's position
-    mask = mask.repeat_interleave(repeats, 0)
+    mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
     mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
     uniforms = torch.as_tensor(uniforms, device=model.device)
     for step in range(max_new_tokens):

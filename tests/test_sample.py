@@ -58,6 +58,8 @@ def test_greedy_equals_the_library_token_for_token(family, together, monkeypatch
     ours = generate(model, prompts, max_new_tokens=20)
     theirs = [[library_greedy(model, p, 20)] for p in prompts]
     assert ours == theirs
+    # Two samples of one prompt: another path, with a masked column before the prompt.
+    assert generate(model, prompts[:1], max_new_tokens=20, n=2) == [theirs[0] * 2]
     assert len({tuple(r[0]) for r in ours}) == len(prompts)  # the outputs do depend on the prompt
     assert len(set(ours[0][0])) > 3
 
