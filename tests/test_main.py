@@ -300,6 +300,8 @@ def test_sample_script_writes_samples(tmp_path, capsys):
     assert [r["sample"] for r in rows] == [0, 1] * 3 and rows[0]["response_ids"]
     with pytest.raises(InputError, match="exists already"):
         sample.main(["--data", "tiny", "--limit", "3", "--out", str(out)])
+    with pytest.raises(InputError, match="give --prompt"):
+        sample.main(["--data", "", "--out", str(tmp_path / "none.jsonl")])
     sample.main(["--prompt", rows[0]["question"]])
     assert "\\boxed{" in capsys.readouterr().out
 
