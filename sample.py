@@ -266,8 +266,9 @@ class KVLayer(DynamicLayer):
         if self.length + new > self.keys.shape[2]:
             # Room in steps of 64 columns or an eighth: the copy that growing costs is rare.
             extra = new + max(64, self.length // 8)
-            self.keys, self.values = (F.pad(b[: self.rows, :, : self.length], (0, 0, 0, extra))
-                                      for b in (self.keys, self.values))
+            grown = lambda b: torch.cat([b[: self.rows, :, : self.length],
+                                         b.new_empty(self.rows, b.shape[1], extra, b.shape[3])], 2)
+            self.keys, self.values = grown(self.keys), grown(self.values)
         columns = slice(self.length, self.length + new)
         self.keys[: self.rows, :, columns] = key_states
         self.values[: self.rows, :, columns] = value_states
