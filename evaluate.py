@@ -10,7 +10,6 @@ import argparse
 import ast
 import hashlib
 import re
-from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from math import comb, sqrt
