@@ -12,6 +12,7 @@ import hashlib
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from math import comb, sqrt
 from pathlib import Path
 
@@ -109,11 +110,10 @@ def read_statement(rest: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """Return the last number, or the formula around it if that is more than a number."""
-    number = None
-    for number in NUMBER.finditer(text):
-        pass
-    if number is None:
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
         return None
+    number = numbers[-1]
     for formula in FORMULA.finditer(text, max(0, number.start() - 200), number.end() + 200):
         inside = formula[formula.lastindex]
         around = formula.start() <= number.start() < formula.end()
@@ -258,12 +258,9 @@ def expression(text: str) -> tuple:
         number = Fraction(text)
         value = number.numerator * pow(number.denominator, -1, PRIME) % PRIME
         return "value", value, value
-    changes = 1                                         # the first rule that changes something,
-    while changes:                                      # and again from the top, until none does
-        for pattern, new in TO_PYTHON:
-            text, changes = pattern.subn(new, text)
-            if changes:
-                break
+    # The first rule that fits is applied, and again from the top, until none does.
+    while rule := next((rule for rule in TO_PYTHON if rule[0].search(text)), None):
+        text = rule[0].sub(rule[1], text)
     text = CALL.sub(lambda m: f" call_{m[1]}{m[2] or ''}_{(m[3] or '').replace('-', 'm')}"
                               + (f"({m[4]})" if m[4] else ""), text)
     tree = ast.parse(to_python(TOKEN.findall(text)), mode="eval").body
@@ -375,8 +372,7 @@ def is_correct(prediction: str | None, gold: str) -> bool:
     "10" and "0.1" are right where "10%" is, since a question for a percentage is answered with
     "10" by every second model and the field's graders strip the sign. None and "" are never right.
     """
-    if prediction is None:
-        return False
+    prediction = prediction or ""
     if max(len(prediction), len(gold)) > MAX_CHARS:
         return squeeze(prediction) == squeeze(gold) != ""
     prediction, gold = clean(prediction), clean(gold)
@@ -484,12 +480,8 @@ def enclosed(text: str) -> str | None:
     ends = re.fullmatch(r"(\\?[{(\[])(.*?)(\\?[})\]])", text, re.S)
     if not ends or (ends[1][-1] == "{") != (ends[3][-1] == "}"):
         return None
-    depth = 0
-    for character in ends[2]:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            return None
-    return ends[2]
+    depths = accumulate((character in "([{") - (character in ")]}") for character in ends[2])
+    return ends[2] if min(depths, default=0) >= 0 else None
 
 
 def squeeze(text: str) -> str:
