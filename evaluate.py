@@ -59,8 +59,7 @@ def extract_answer(text: str) -> str | None:
     words = None
     for match in reversed(list(PHRASE.finditer(text))[-20:]):
         rest = re.sub(r"\*\*|__|`", "", text[match.end():match.end() + 300]).strip()
-        answer = read_statement(rest)
-        if answer:
+        if answer := read_statement(rest):
             return answer
         few = re.match(r"\$?([A-Za-z]+)((?: [A-Za-z]+){0,2})\$?\s*(?:[.\n,;!]|$)", rest)
         if few and few[1].lower() not in NOT_ANSWERS:
@@ -412,8 +411,7 @@ def canonical(text: str, loose: bool) -> tuple:
         return text[0], text[-1], *items
     if r"\pm" in text:
         return unordered([canonical(text.replace(r"\pm", sign), loose) for sign in "+-"])
-    matrix = MATRIX.fullmatch(text)
-    if matrix:
+    if matrix := MATRIX.fullmatch(text):
         return "matrix", *(tuple(canonical(cell, loose) for cell in row.split("&"))
                            for row in re.split(r"\\\\(?:\[\w+\])?", matrix[2]) if row.strip())
     try:
@@ -557,8 +555,7 @@ def majority_is_correct(completions: list[dict]) -> bool:
     votes = []                                          # [[completion, its equals ...], ...]
     for completion in completions:
         answer = completion["prediction"]
-        same = next((v for v in votes if is_correct(answer, v[0]["prediction"])), None)
-        if same:
+        if same := next((v for v in votes if is_correct(answer, v[0]["prediction"])), None):
             same.append(completion)
         elif answer is not None:
             votes.append([completion])
@@ -659,9 +656,8 @@ def print_summary(rows: list[dict]) -> None:
     """Print accuracy and what explains it, over all questions and by level and subject."""
     groups = {"all": rows}
     for row in rows:
-        for key in ("level", "subject"):
-            if key in row:
-                groups.setdefault(f"{key} {row[key]}", []).append(row)
+        for key in row.keys() & {"level", "subject"}:
+            groups.setdefault(f"{key} {row[key]}", []).append(row)
     print(f"{'':<32}{'n':>6}  accuracy   95 % interval  tokens  cut off  no answer")
     for name, group in sorted(groups.items()):
         s = summarize(group)
@@ -697,26 +693,19 @@ def regrade(path, out) -> list[dict]:
     return rows
 
 
-def parse_arguments(argv=None):
-    """Return the command line's flags; InputError for values that cannot work."""
+def main(argv=None):
+    """Parse the flags; compare two files, grade one again, or ask a model."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=sample.Help)
-    flag = parser.add_argument
-    flag("--regrade", metavar="FILE", help="grade stored predictions again, without a model; in "
-         "place unless --out is given")
-    flag("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
+    parser.add_argument("--regrade", metavar="FILE", help="grade stored predictions again, without "
+                        "a model; in place unless --out is given")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
     sample.add_question_arguments(parser, split="test")
     sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.data, args.regrade, args.compare))) != 1 or args.data and not args.out:
         raise InputError("give --data D --out FILE, or --regrade FILE, or --compare A B")
     sample.fill_defaults(args)
-    return args
-
-
-def main(argv=None):
-    """Compare two files, grade one again, or ask a model."""
-    args = parse_arguments(argv)
     if args.compare:
         return print_comparison(*map(read_predictions, args.compare))
     args.out = args.out or args.regrade
