@@ -193,9 +193,8 @@ def fill_defaults(args, **defaults) -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    positive = ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
-                "batch_size", "micro_batch", "samples", "lr", "clip")
-    for name in positive:
+    for name in ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
+                 "batch_size", "micro_batch", "samples", "lr", "clip"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -229,10 +228,9 @@ def end_of_turn(tokenizer) -> int:
 
     It need not be tokenizer.eos_token nor the first of generation_config.eos_token_id.
     """
-    mark = "ANSWER"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
+    tail = tokenizer(text.rsplit("ANSWER", 1)[1], add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((i for i in tail if i in special), tokenizer.eos_token_id)
 
@@ -399,11 +397,10 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     """
     logits, cache, mask = prefill(model, prompts)
     repeats = torch.tensor(counts, device=model.device)
-    pad = 0
+    # Samples of one prompt alone have nothing to mask, and then the library chooses a kernel
+    # (enable_gqa) that takes a CPU seven times as long and more: so there is a masked column.
+    pad = int(max(counts) > 1 and model.device.type == "cpu")
     if max(counts) > 1:
-        # Samples of one prompt alone have nothing to mask, and then the library chooses a kernel
-        # (enable_gqa) that takes a CPU seven times as long and more: so there is a masked column.
-        pad = int(model.device.type == "cpu")
         logits = logits.repeat_interleave(repeats, 0)
         for layer in cache.layers:
             layer.spread(repeats, pad)
@@ -574,12 +571,11 @@ def fingerprint(prompts) -> str:
 def check_length(model, prompts, max_new_tokens: int) -> None:
     """InputError where the longest prompt with its response does not fit the model's context."""
     context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if context and longest + max_new_tokens > context:
-        index = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-        raise InputError(f"prompt {index + 1} has {longest} tokens, and with {max_new_tokens} new "
-                         f"ones it exceeds the model's context of {context}: shorten it or lower "
-                         "--max-new-tokens")
+    number, longest = max(enumerate(prompts, 1), key=lambda p: len(p[1]), default=(0, []))
+    if context and len(longest) + max_new_tokens > context:
+        raise InputError(f"prompt {number} has {len(longest)} tokens, and with {max_new_tokens} "
+                         f"new ones it exceeds the model's context of {context}: shorten it or "
+                         "lower --max-new-tokens")
 
 
 # ---- script ----------------------------------------------------------------------------------
