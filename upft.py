@@ -61,11 +61,10 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
-    limits = {"prefix": args.prefix, "full": args.max_new_tokens}
-    if filtered:
-        del limits["prefix"]  # whether an answer is right shows only at its end
-    for kind, limit in limits.items():
-        keys = [i for i in range(len(questions)) if filtered or kinds[i] == kind]
+    # Whether an answer is right shows only at its end.
+    drawn_as = ["full"] * len(questions) if filtered else kinds
+    for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
+        keys = [i for i in range(len(questions)) if drawn_as[i] == kind]
         drawn = sample.generate_to(  # all that the file holds: both kinds, after the second
             part, {"set of prompts": sample.fingerprint(prompts)}, model,
             [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit, eos_ids=stops,
@@ -194,8 +193,7 @@ def micro_batches(examples: list[dict], size: int) -> list[list[dict]]:
 def head_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (N,) in float32 of targets (N,) from last hidden states (N, H)."""
     logits = model.get_output_embeddings()(hidden).float()  # (N, V)
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    if cap:
+    if cap := getattr(model.config, "final_logit_softcapping", None):  # Gemma 2
         logits = torch.tanh(logits / cap) * cap
     return cross_entropy(logits, targets, reduction="none")
 
@@ -333,8 +331,7 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     plan = batches(len(examples), args.batch_size, args.epochs, args.seed)
     warmup = max(1, math.ceil(args.warmup * len(plan)))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    half = parameters[0].dtype == torch.bfloat16
-    optimizer = (SplitAdamW if half else Float32AdamW)(parameters)
+    optimizer = (SplitAdamW if model.dtype == torch.bfloat16 else Float32AdamW)(parameters)
     torch.manual_seed(args.seed)  # for models with dropout
     losses = load_checkpoint(folder, model, optimizer) if args.resume else []
     model.train()
@@ -454,8 +451,7 @@ def parse_arguments(argv=None):
     defaults = TINY_DEFAULTS if tiny else PAPER_DEFAULTS
     world = Path(args.model).expanduser()
     if tiny and (world / "train.jsonl").exists():  # a world of data/make_tiny.py
-        defaults = defaults | {key: str(world / f"{split}.jsonl")
-                               for key, split in (("data", "train"), ("eval_data", "test"))}
+        defaults = defaults | dict(data=f"{world}/train.jsonl", eval_data=f"{world}/test.jsonl")
     sample.fill_defaults(args, **defaults)
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
