@@ -334,9 +334,7 @@ def power(base: int, exponent: Fraction, point: int) -> int:
         root = pow(base, (PRIME + 1) // 4, PRIME)       # of base, or of -base
         base = root if root * root % PRIME == base else root * random_number("v_i", point) % PRIME
         degree //= 2
-    if degree > 1:
-        base = pow(base, pow(degree, -1, PRIME - 1), PRIME)
-    return pow(base, exponent.numerator, PRIME)
+    return pow(base, exponent.numerator * pow(degree, -1, PRIME - 1), PRIME)
 
 
 # ------------------------------------------------------------------ 4. comparing answers
