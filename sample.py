@@ -113,6 +113,7 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
                          "`python data/prepare.py NAME` made, or the path of a JSONL file")
 
     def check(row):
+        """What is wrong with a row, or None."""
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             return 'no "question"'
         answer = "" if row.get("answer") is None else str(row["answer"]).strip()
@@ -318,8 +319,9 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
     """One token id for each row of logits (B, V): argmax at temperature 0, else inverse CDF.
 
     uniforms: (B,) float64 in [0, 1). Row b gets the first token whose cumulative probability
-    exceeds uniforms[b], in float64. Both search among sqrt(V) blocks of the vocabulary and then in
-    one of them: a CPU is slow at an argmax or a running sum over all of it.
+    exceeds uniforms[b]. Argmax and CDF search among sqrt(V) blocks of the vocabulary, then in one:
+    a CPU is slow at an argmax or a running sum over all of it. Running sums are float64, over
+    blocks and in a block; a block's own sum is float32, good to 1e-7 as the softmax itself.
     """
     rows, size = logits.shape
     width, row = int(size**0.5) + 1, torch.arange(rows, device=logits.device)
@@ -327,8 +329,8 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
     if temperature == 0:  # the first of the largest, as argmax has it
         block = blocks.amax(-1).argmax(-1)
         return block * width + blocks[row, block].argmax(-1)
-    # Probabilities but for a constant, made in place: new tensors of this size cost a CPU more than
-    # the arithmetic (four times less than a softmax with sums in float64 at 64 x 50,000).
+    # exp((logit - largest) / T): probabilities but for a constant factor, which `target` shares.
+    # In place, because new tensors of this size cost a CPU more than the arithmetic.
     blocks = blocks.float()
     blocks.sub_(blocks.amax((1, 2), keepdim=True)).div_(temperature).exp_()
     if top_p < 1:
@@ -538,6 +540,7 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
     with open(part, "a", encoding="utf-8") as file:
 
         def keep(at, j, ids):
+            """Append sequence j of the prompt todo[at], unless the file has it already."""
             key = keys[todo[at]]
             if (key, j) not in drawn:  # of a prompt whose samples were half done
                 drawn[key, j] = ids
@@ -545,8 +548,9 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
 
         if not rows:
             print(json.dumps(settings), file=file, flush=True)
-        generate(model, [prompts[i] for i in todo], n=n, keys=[keys[i] for i in todo],
-                 on_done=keep, **options)
+        if todo:  # no empty bar
+            generate(model, [prompts[i] for i in todo], n=n, keys=[keys[i] for i in todo],
+                     on_done=keep, **options)
     return drawn
 
 

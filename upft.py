@@ -31,7 +31,8 @@ SUFFIX = (
     "Please provide the initial step towards resolving the question. "
     "This step may serve as a foundation but might not encompass the entire solution."
 )
-# What suits the embedded model, chosen on development questions; and the paper's Table 3.
+# What suits the embedded model, chosen on development questions; and the paper's values (Table 3;
+# the batch is its code's).
 TINY_DEFAULTS = dict(lr=1e-5, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
 PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
@@ -130,13 +131,13 @@ def read_samples(tokenizer, args) -> list[dict]:
     """
     rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
     end, made = sample.end_of_turn(tokenizer), []
-    for row, drawn in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
+    for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
         ids = row.get("response_ids")
         if ids is None:
             finished = row.get("finished", row.get("kind") != "prefix")
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
             ids += [end] * finished
-        new = training_row(tokenizer, row, ids, row.get("kind", drawn), {end}, args)
+        new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
         if "response_ids" in row and (
                 row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
@@ -227,7 +228,7 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
 
     "example": 1 / (tokens of its example x examples of the batch), so that each example weighs
     the same, as with the paper's micro-batch of one. "token": 1 / tokens of the batch; then 10 %
-    of full traces with 300 tokens carry 80 % of the gradient, and it is no longer prefix tuning.
+    of full traces with 300 tokens carry 80 % of the gradient.
     """
     lengths = torch.tensor([len(e["response"]) for e in examples])
     if weighting == "token":
@@ -409,16 +410,17 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
 
 def parse_arguments(argv=None):
     """The flags, with the values that suit the model where they were not given."""
-    raw = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=sample.Help)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=sample.Help)
     yes_no = argparse.BooleanOptionalAction
-    sample.add_model_arguments(raw)
-    flag = raw.add_argument_group("questions").add_argument
+    sample.add_model_arguments(parser)
+    flag = parser.add_argument_group("questions").add_argument
     flag("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
     flag("--limit", type=int, help="only the first questions")
     flag("--eval-data", help="held-out questions with answers (default: tiny for tiny, "
          "the test file of a prepared --data, else no evaluation)")
     flag("--eval-limit", type=int, help="only the first held-out questions")
-    flag = raw.add_argument_group("what is sampled and trained on").add_argument
+    flag = parser.add_argument_group("what is sampled and trained on").add_argument
     flag("--method", default="upft", choices=["upft", "sft", "rft"],
          help="prefixes; full traces; full traces filtered by the label")
     flag("--prefix", type=int, default=8, help="t, tokens of a prefix")
@@ -430,7 +432,7 @@ def parse_arguments(argv=None):
     flag("--template", action=yes_no, default=True,
          help="end the user turn of a prefix example with the paper's task template")
     flag("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
-    flag = raw.add_argument_group("training").add_argument
+    flag = parser.add_argument_group("training").add_argument
     flag("--lr", type=float, help="learning rate (default: 1e-5 for tiny, else 1e-6)")
     flag("--epochs", type=int, default=1, help="passes over the examples")
     flag("--batch-size", type=int, help="examples a step (default: 16 for tiny, else 64)")
@@ -441,12 +443,12 @@ def parse_arguments(argv=None):
     flag("--clip", type=float, default=1.0, help="largest gradient norm")
     flag("--weighting", default="example", choices=["example", "token"],
          help="what weighs the same in the loss")
-    flag = raw.add_argument_group("run").add_argument
+    flag = parser.add_argument_group("run").add_argument
     flag("--seed", type=int, default=0, help="of samples, full traces, batch order")
     flag("--out", help="the run's folder (default: a new one under out/)")
     flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     flag("--resume", action="store_true", help="go on with the stopped run in --out")
-    args = raw.parse_args(argv)
+    args = parser.parse_args(argv)
     tiny = sample.is_tiny(args.model)
     defaults = TINY_DEFAULTS if tiny else PAPER_DEFAULTS
     world = Path(args.model).expanduser()

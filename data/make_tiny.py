@@ -218,6 +218,7 @@ def make_corpus(rng, world):
     seen = set()
 
     def fresh():
+        """A story that was not made before."""
         while True:
             story = make_story(rng, world)
             if story[0] not in seen:

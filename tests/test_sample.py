@@ -163,6 +163,25 @@ def test_prompts_read_in_pieces_and_in_any_order_give_the_same_samples(monkeypat
     torch.testing.assert_close(logits, sample.prefill(model, shuffled)[0])
 
 
+def test_samples_of_one_prompt_always_have_something_to_mask(monkeypatch):
+    """With nothing to mask the library takes a kernel that is many times slower on a CPU."""
+    model, masks = small_model(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, attention_mask, **k: masks.append(
+        attention_mask) or forward(ids, attention_mask=attention_mask, **k))
+    generate(model, [[3, 1, 4, 1, 5]], max_new_tokens=4, temperature=1.0, n=3)
+    assert [m.shape for m in masks] == [(1, 5), (3, 7), (3, 8), (3, 9)]  # 5 + masked + new ones
+    assert all((m[:, 0] == 0).all() and (m[:, 1:] == 1).all() for m in masks[1:])
+
+
+def test_greedy_takes_the_first_of_equal_logits_as_argmax_does():
+    torch.manual_seed(0)
+    logits = torch.randn(3000, 1003).bfloat16()  # 8 bits: the largest often occurs twice
+    ties = (logits == logits.amax(-1, keepdim=True)).sum(-1)
+    assert (ties > 1).sum() > 10
+    assert torch.equal(pick(logits, None, 0.0), logits.float().argmax(-1))
+
+
 def test_samples_of_a_prompt_share_one_prefill():
     model, prompts = small_model(), ragged_prompts(6)
     seen = []
