@@ -18,6 +18,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+# A 7B just fits into 80 GB: no gaps between what is taken and given back. Read when torch starts.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -29,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 DATA = Path(__file__).resolve().parent / "data"
 TINY = DATA / "tiny"  # the embedded model and its questions
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-PREFILL_TOKENS = {"cpu": 1024}  # columns x rows that are read at once
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # columns x rows that are read at once
 TOKEN_BUDGET = 32768  # columns x rows of one batch; a 7B keeps 56 KB of bf16 cache a token: 1.9 GB
 
 
@@ -254,9 +257,13 @@ class KVLayer(DynamicLayer):
     """
 
     rows = length = 0  # in use; the buffers may be larger
+    column = None  # in a captured step: the tensor that says where the new column goes
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append the new columns (rows, heads, T, head_dim); return all keys and values so far."""
+        if self.column is not None:
+            return (self.keys.index_copy_(2, self.column, key_states),
+                    self.values.index_copy_(2, self.column, value_states))
         new = key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -302,6 +309,13 @@ class KVLayer(DynamicLayer):
         self.values[holes] = self.values[fillers]
         self.rows = rows
 
+    def fix(self, columns: int, column: torch.Tensor) -> None:
+        """From now on `columns` columns are there, and a new one is written where `column` says."""
+        self.keys, self.values = (
+            F.pad(b[: self.rows, :, : self.length], (0, 0, 0, columns - self.length))
+            for b in (self.keys, self.values))
+        self.length, self.column = columns, column
+
 
 def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
     """Read ids (B, T) into the cache; returns the logits (B, V) of the token after the last one."""
@@ -310,6 +324,57 @@ def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
     name = "cache" if "cache" in known else "past_key_values"
     return model(ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
                  **{name: cache}).logits[:, -1]
+
+
+def can_be_captured(model) -> bool:
+    """Whether CapturedStep works: a dense model with fixed rotary positions on a GPU, where every
+    layer looks at all that was read."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (model.device.type == "cuda" and config._attn_implementation == "sdpa"
+            and set(getattr(config, "layer_types", None) or []) <= {"full_attention"}
+            and not getattr(config, "sliding_window", None)
+            and rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
+            and not any("expert" in name for name in config.to_dict()))
+
+
+class CapturedStep:
+    """next_logits for one new column as a CUDA graph: its thousand kernels in one launch.
+
+    A GPU computes a small model's step faster than Python can launch it kernel by kernel. A graph
+    replays the same kernels at the same addresses, so nothing may grow: the cache has all its
+    columns from the start, a mask hides those to come, and what changes is copied into buffers.
+    """
+
+    def __init__(self, model, cache, mask: torch.Tensor):
+        """mask: (rows, columns), 1 where a token is real or to come."""
+        rows, columns = mask.shape
+        self.model, self.cache = model, cache
+        self.ids, self.position = (mask.new_zeros(rows, 1) for _ in range(2))
+        self.column = mask.new_full((1,), columns - 1)
+        # The graph reads these wherever they were when it was made: they have to outlive it.
+        self.real, self.every = mask[:, None, None].bool(), torch.arange(columns).to(mask.device)
+        for layer in cache.layers:
+            layer.fix(columns, self.column)
+        self.replay = self.step
+        if model.device.type == "cuda":
+            self.step()  # the first call sets up what must not happen while capturing
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.step()
+            self.replay = lambda: graph.replay() or logits
+
+    def step(self) -> torch.Tensor:
+        """The logits (rows, V) that follow what the buffers hold."""
+        seen = self.real & (self.every <= self.column)  # (rows, 1, 1, columns)
+        return next_logits(self.model, self.ids, seen, self.position, self.cache)
+
+    def __call__(self, tokens, position, column: int) -> torch.Tensor:
+        """Read tokens (rows,) at `position` (rows,) into the cache's `column`; logits (rows, V)."""
+        self.ids.copy_(tokens[:, None])
+        self.position.copy_(position[:, None])
+        self.column.fill_(column)
+        return self.replay()
 
 
 # ---- sampling --------------------------------------------------------------------------------
@@ -371,7 +436,8 @@ def prefill(model, prompts):
     """Read B prompts; returns the next token's logits (B, V), the cache, and the mask (B, T).
 
     A CPU is fastest when what it works on stays in its caches, so it reads a few prompts at a time
-    (1.4 times as fast as 64 at once with a model of 135M); decoding wants all rows together.
+    (1.4 times as fast as 64 at once with a model of 135M), and so does a GPU, which has enough to
+    do with few rows, and pads less; decoding wants all rows together.
     """
     mask = left_pad(prompts)[1].to(model.device)
     limit = PREFILL_TOKENS.get(model.device.type, sys.maxsize)
@@ -409,26 +475,36 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     alive = torch.arange(sum(counts))  # the sequence that each row of the batch belongs to
     length = mask.sum(-1).repeat_interleave(repeats)  # (rows,): the next token's position
     mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
+    columns = mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
     uniforms = torch.as_tensor(uniforms, device=model.device)
+    fixed, captured, finished = can_be_captured(model), None, set()
     for step in range(max_new_tokens):
-        tokens = pick(logits, uniforms[alive, step], temperature, top_p)  # (rows,)
+        tokens = pick(logits, uniforms[:, step], temperature, top_p)  # (rows,)
         values = tokens.tolist()
-        yield list(zip(alive.tolist(), values))
-        done = [row for row, token in enumerate(values) if token in eos_ids]
-        rows = len(alive) - len(done)
+        drawn = enumerate(zip(alive.tolist(), values))
+        yield [pair for row, pair in drawn if row not in finished]
+        finished.update(row for row, token in enumerate(values) if token in eos_ids)
+        rows = len(alive) - len(finished)
         if rows == 0 or step + 1 == max_new_tokens:
             return
-        if done:
-            holes = [row for row in done if row < rows]
-            fillers = sorted(set(range(rows, len(alive))) - set(done))
+        # A graph has to be made again for fewer rows, so there the batch waits to be half empty.
+        if finished and (not fixed or 2 * rows <= len(alive)):
+            holes = [row for row in sorted(finished) if row < rows]
+            fillers = sorted(set(range(rows, len(alive))) - finished)
             for layer in cache.layers:
                 layer.keep(holes, fillers, rows)
-            for tensor in (mask, length, tokens, alive):
+            state = mask, length, tokens, uniforms, alive
+            for tensor in state:
                 tensor[holes] = tensor[fillers]
-            mask, length, tokens, alive = (x[:rows] for x in (mask, length, tokens, alive))
-        seen = mask[:, : cache.get_seq_length() + 1]
-        logits = next_logits(model, tokens[:, None], seen, length[:, None], cache)
+            mask, length, tokens, uniforms, alive = (x[:rows] for x in state)
+            captured, finished = None, set()
+        if fixed:
+            captured = captured or CapturedStep(model, cache, mask)
+            logits = captured(tokens, length, columns + step)
+        else:
+            seen = mask[:, : columns + step + 1]
+            logits = next_logits(model, tokens[:, None], seen, length[:, None], cache)
         length = length + 1
 
 
@@ -509,7 +585,8 @@ def generate(
                             on_done(i, j, drawn[s])
                         bar.update()
                 new_tokens += len(step)
-                bar.set_postfix_str(speed(new_tokens, started, model.device), False)
+                if not bar.disable:  # asking a GPU for its memory takes as long as small kernels
+                    bar.set_postfix_str(speed(new_tokens, started, model.device), False)
         except RuntimeError as error:
             if not out_of_memory(error) or budget <= longest:
                 raise

@@ -87,6 +87,49 @@ def test_batch_of_many_equals_one_by_one_even_when_rows_leave():
     assert any(len(s) < 25 for row in whole for s in row)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
+def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
+    """All of a GPU's path but the graph itself: fixed buffers, one mask, half empty batches."""
+    model, prompts = small_model(family), ragged_prompts(9)
+    steps, made = [], sample.CapturedStep
+    counted = lambda model, cache, mask: steps.append(len(mask)) or made(model, cache, mask)
+    monkeypatch.setattr(sample, "CapturedStep", counted)
+    for how in (dict(), dict(temperature=0.9, n=3), dict(temperature=0.9, max_new_tokens=1)):
+        options = dict(max_new_tokens=40, eos_ids={3, 14, 15, 92, 65}) | how
+        monkeypatch.setattr(sample, "can_be_captured", lambda model: False)
+        plain = generate(model, prompts, **options)
+        assert not steps
+        monkeypatch.setattr(sample, "can_be_captured", lambda model: True)
+        assert generate(model, prompts, **options) == plain
+        rows = len(prompts) * how.get("n", 1)
+        if options["max_new_tokens"] > 1:  # made again where half of the rows were done, not sooner
+            assert steps[0] == rows and all(2 * b <= a for a, b in zip(steps, steps[1:]))
+            assert len(steps) > 1 or not how
+        steps.clear()
+
+
+def test_only_models_that_a_graph_fits_are_captured(monkeypatch):
+    rotary = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    longer = lambda kind: transformers.LlamaConfig(**SMALL, rope_parameters=rotary | {
+        "rope_type": kind, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    fits = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "gemma")}
+    fits |= {"llama3": longer("llama3"), "yarn": longer("yarn")}
+    others = {name: FAMILIES[name] for name in ("gemma2", "gemma3", "gpt2")}
+    others |= {
+        "dynamic": longer("dynamic"),  # its frequencies depend on the length
+        "window": transformers.MistralConfig(**SMALL, sliding_window=8),
+        "experts": transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4),
+    }
+    for name, config in (fits | others).items():
+        model = AutoModelForCausalLM.from_config(config)
+        assert not sample.can_be_captured(model)  # on a CPU
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        assert sample.can_be_captured(model) == (name in fits), name
+        model.set_attn_implementation("eager")  # it would add a mask of booleans
+        assert not sample.can_be_captured(model)
+        monkeypatch.undo()
+
+
 def test_pad_equal_to_eos_does_no_harm(monkeypatch):
     model, prompts = small_model(), ragged_prompts(9)
     eos = generate(model, prompts, max_new_tokens=12)[0][0][6]
