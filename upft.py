@@ -13,10 +13,12 @@ import json
 import math
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -236,6 +238,9 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
     return (1 / (lengths * len(batch))).repeat_interleave(lengths)
 
 
+# Not cuDNN's attention: its gradient is now and then NaN where a row of the mask is all padding
+# (torch 2.11 on an H100; the others cost 1 % of a step of a 7B).
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""
     total = 0.0
@@ -258,12 +263,16 @@ class SplitAdamW:
     follow a decay of 0.999.
     """
 
-    CHUNK = {"cuda": 1 << 24, "cpu": 1 << 18}  # elements at a time: float32 copies stay small
-
     def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8):
         self.parameters, self.betas, self.eps, self.steps = list(parameters), betas, eps, 0
         zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype).view(-1) for p in self.parameters]
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
+        device = self.parameters[0].device.type
+        # Elements at a time, so that float32 copies stay in a CPU's caches, and small on a GPU.
+        self.chunk = 1 << 18 if device == "cpu" else 1 << 24
+        if device == "cuda" and find_spec("triton"):
+            # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
+            self.update, self.chunk = torch.compile(self.update, dynamic=True), 1 << 40
 
     @staticmethod
     def join(weight: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
@@ -277,27 +286,32 @@ class SplitAdamW:
         upper = (bits + 0x8000) >> 16
         return upper.short().view(torch.bfloat16), (bits - (upper << 16)).short()
 
+    def update(self, weight, grad, lost, m, v, rate, correction) -> None:
+        """One step of some weights, in place; rate: lr over m's bias, correction: that of v."""
+        grad = grad.float()
+        mean = m.float().lerp_(grad, 1 - self.betas[0])
+        square = v.float().lerp_(grad.square_(), 1 - self.betas[1])
+        m.copy_(mean)
+        v.copy_(square)
+        size = square.div_(correction).sqrt_().add_(self.eps)
+        master = self.join(weight, lost).addcdiv_(mean.mul_(rate), size, value=-1)
+        upper, lower = self.split(master)
+        weight.copy_(upper)
+        lost.copy_(lower)
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update of all weights from their .grad, with bias correction, without decay."""
         self.steps += 1
-        (beta1, beta2), size = self.betas, self.CHUNK.get(self.parameters[0].device.type, 1 << 24)
+        device = self.parameters[0].device
+        rate = torch.tensor(lr / (1 - self.betas[0] ** self.steps), device=device)
+        correction = torch.tensor(1 - self.betas[1] ** self.steps, device=device)
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
             if p.grad is None:
                 continue
-            tensors = [t.split(size) for t in (p.view(-1), p.grad.view(-1), *state)]
-            for weight, grad, lost, m, v in zip(*tensors):
-                grad = grad.float()
-                mean = m.float().lerp_(grad, 1 - beta1)
-                square = v.float().lerp_(grad.square_(), 1 - beta2)
-                m.copy_(mean)
-                v.copy_(square)
-                square.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
-                rate = lr / (1 - beta1**self.steps)
-                master = self.join(weight, lost).addcdiv_(mean, square, value=-rate)
-                upper, lower = self.split(master)
-                weight.copy_(upper)
-                lost.copy_(lower)
+            tensors = (p.view(-1), p.grad.view(-1), *state)
+            for part in zip(*(t.split(self.chunk) for t in tensors)):
+                self.update(*part, rate, correction)
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
