@@ -524,7 +524,7 @@ def peak_memory(device, reset: bool = False) -> float:
 
 
 def speed(tokens: int, started: float, device) -> str:
-    """What a progress bar says beside its count."""
+    """What a progress bar says beside its count. A GPU takes long to say its memory."""
     rate = tokens / (time.perf_counter() - started)
     return f"{rate:,.0f} tok/s, {peak_memory(device):.1f} GiB"
 
@@ -585,8 +585,7 @@ def generate(
                             on_done(i, j, drawn[s])
                         bar.update()
                 new_tokens += len(step)
-                if not bar.disable:  # asking a GPU for its memory takes as long as small kernels
-                    bar.set_postfix_str(speed(new_tokens, started, model.device), False)
+                bar.disable or bar.set_postfix_str(speed(new_tokens, started, model.device), False)
         except RuntimeError as error:
             if not out_of_memory(error) or budget <= longest:
                 raise
