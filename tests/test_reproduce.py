@@ -1,5 +1,6 @@
 """tests/reproduce.py: its statistics, its subcommands on a handful of questions."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -96,3 +97,21 @@ def test_openings_are_written_before_every_answer(reproduce, tmp_path, monkeypat
     assert graded[:8] == graded[8:16] and free["mean_tokens"] == same["mean_tokens"]
     assert all(text.startswith("Let's solve this in order. ") for text in graded[16:])
     assert same["paired"]["won"] == same["paired"]["lost"] == []
+
+
+def test_the_gpu_arms_of_the_benchmark_run_on_tiny_shapes(monkeypatch):
+    from tests import benchmark
+
+    monkeypatch.setattr(benchmark, "QWEN", {"7B": None})  # --smoke never looks at the shape
+    monkeypatch.setattr(benchmark, "ROWS", [])
+    monkeypatch.setattr(benchmark, "FACTS", {
+        "smoke": True, "float32 GFLOP/s": 1e3, "bfloat16 GFLOP/s": 1e3,
+        "copy GB/s (read + write)": 1e2})  # fmt: skip
+    args = argparse.Namespace(device="cpu", dtype="float32", smoke=True, repeats=1, prefix=4,
+                              micro_batch=4)  # fmt: skip
+    for arm in ("gpu-decode", "gpu-prefill", "gpu-train-7b", "gpu-run"):
+        before = len(benchmark.ROWS)
+        benchmark.ARMS[arm](args)
+        rows = benchmark.ROWS[before:]
+        assert rows and all(0 < r["ours"] < np.inf and r["met"] is None for r in rows)
+    assert {"generate", "plain (all logits)"} <= {r["peer_name"] for r in benchmark.ROWS}
