@@ -18,7 +18,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-# A 7B just fits into 80 GB: no gaps between what is taken and given back. Read when torch starts.
+# Training a 7B just fits into 80 GB: let blocks grow, so that freed memory leaves no gaps. PyTorch
+# reads this at its first use of a GPU.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
@@ -168,6 +169,8 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
             # the library keeps in float32, and positions would be off by a radian after 1,000.
             parameter.data = parameter.data.to(chosen)
         model = model.to(device)
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # a graph is made on the current one
     except Exception as error:  # each library that takes part has its own
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load the model {name} on {device}: {reason}") from None
@@ -282,7 +285,7 @@ class KVLayer(DynamicLayer):
         return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
 
     def get_seq_length(self):
-        """Columns in use; the library reads it to build the attention mask."""
+        """Columns in use, after `fix` all; the library reads it to build the attention mask."""
         return self.length
 
     def join(self, others, width: int) -> None:
@@ -310,7 +313,7 @@ class KVLayer(DynamicLayer):
         self.rows = rows
 
     def fix(self, columns: int, column: torch.Tensor) -> None:
-        """From now on `columns` columns are there, and a new one is written where `column` says."""
+        """Copy to `columns` columns; from now on a new one is written where `column` says."""
         self.keys, self.values = (
             F.pad(b[: self.rows, :, : self.length], (0, 0, 0, columns - self.length))
             for b in (self.keys, self.values))
@@ -328,12 +331,14 @@ def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
 
 def can_be_captured(model) -> bool:
     """Whether CapturedStep works: a dense model with fixed rotary positions on a GPU, where every
-    layer looks at all that was read."""
+    layer looks at all that was read. (A sliding window is refused, even one that is long enough.)
+    """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     return (model.device.type == "cuda" and config._attn_implementation == "sdpa"
             and set(getattr(config, "layer_types", None) or []) <= {"full_attention"}
             and not getattr(config, "sliding_window", None)
+            and not getattr(config, "alibi", False)
             and rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
             and not any("expert" in name for name in config.to_dict()))
 
@@ -349,20 +354,20 @@ class CapturedStep:
     def __init__(self, model, cache, mask: torch.Tensor):
         """mask: (rows, columns), 1 where a token is real or to come."""
         rows, columns = mask.shape
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.graph = model, cache, None
         self.ids, self.position = (mask.new_zeros(rows, 1) for _ in range(2))
         self.column = mask.new_full((1,), columns - 1)
         # The graph reads these wherever they were when it was made: they have to outlive it.
         self.real, self.every = mask[:, None, None].bool(), torch.arange(columns).to(mask.device)
         for layer in cache.layers:
             layer.fix(columns, self.column)
-        self.replay = self.step
+        # A first call sets up what must not happen while capturing. What it writes into the last
+        # column does no harm: the last token of a response is never read.
+        self.step()
         if model.device.type == "cuda":
-            self.step()  # the first call sets up what must not happen while capturing
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self.step()
-            self.replay = lambda: graph.replay() or logits
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step()
 
     def step(self) -> torch.Tensor:
         """The logits (rows, V) that follow what the buffers hold."""
@@ -370,11 +375,17 @@ class CapturedStep:
         return next_logits(self.model, self.ids, seen, self.position, self.cache)
 
     def __call__(self, tokens, position, column: int) -> torch.Tensor:
-        """Read tokens (rows,) at `position` (rows,) into the cache's `column`; logits (rows, V)."""
+        """Read tokens (rows,) at `position` (rows,) into the cache's `column`.
+
+        Returns the logits (rows, V): on a GPU one buffer, which the next call overwrites.
+        """
         self.ids.copy_(tokens[:, None])
         self.position.copy_(position[:, None])
         self.column.fill_(column)
-        return self.replay()
+        if self.graph is None:  # a test on a CPU
+            return self.step()
+        self.graph.replay()
+        return self.logits
 
 
 # ---- sampling --------------------------------------------------------------------------------
@@ -461,7 +472,8 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
 
     prompts: B token lists, counts: how many samples of each, so that sequence s is the s-th of
     sum(counts) in that order; uniforms: (sum(counts), max_new_tokens) float64. A sequence that
-    has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row.
+    has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row, where
+    steps are captured only once half of the rows are done.
     """
     logits, cache, mask = prefill(model, prompts)
     repeats = torch.tensor(counts, device=model.device)
@@ -477,8 +489,10 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
     columns = mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
-    uniforms = torch.as_tensor(uniforms, device=model.device)
-    fixed, captured, finished = can_be_captured(model), None, set()
+    uniforms = torch.tensor(uniforms, device=model.device)
+    # Making a graph takes as long as two steps without one.
+    fixed = max_new_tokens > 4 and can_be_captured(model)
+    captured, finished = None, set()  # finished: rows that are done, but still in the batch
     for step in range(max_new_tokens):
         tokens = pick(logits, uniforms[:, step], temperature, top_p)  # (rows,)
         values = tokens.tolist()
@@ -524,19 +538,20 @@ def peak_memory(device, reset: bool = False) -> float:
 
 
 def speed(tokens: int, started: float, device) -> str:
-    """What a progress bar says beside its count. A GPU takes long to say its memory."""
+    """What a progress bar says beside its count."""
     rate = tokens / (time.perf_counter() - started)
     return f"{rate:,.0f} tok/s, {peak_memory(device):.1f} GiB"
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this error says that a batch was too large for the memory of the device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    return isinstance(error, RuntimeError) and told
 
 
 def generate(
     model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(), seed=0,
-    keys=None, token_budget=None, on_done=None, progress=None,
+    keys=None, token_budget=None, on_done=lambda *_: None, progress=None,
 ):
     """Sample n responses to each prompt; returns per prompt a list of n lists of new token ids.
 
@@ -565,7 +580,7 @@ def generate(
     while jobs:
         longest = len(prompts[jobs[0][0]]) + max_new_tokens
         size = max(1, budget // longest)
-        # A prompt's samples stay together, to read it once: no cut inside any prompt but the first.
+        # A prompt's samples stay together: no cut inside any prompt but the first.
         while size < len(jobs) and jobs[0][0] != jobs[size - 1][0] == jobs[size][0]:
             size -= 1
         batch, rest = jobs[:size], jobs[size:]
@@ -581,11 +596,11 @@ def generate(
                     if token in eos_ids or len(drawn[s]) == max_new_tokens:
                         i, j = batch[s]
                         results[i][j] = drawn[s]
-                        if on_done:
-                            on_done(i, j, drawn[s])
+                        on_done(i, j, drawn[s])
                         bar.update()
                 new_tokens += len(step)
-                bar.disable or bar.set_postfix_str(speed(new_tokens, started, model.device), False)
+                if not bar.disable:  # a GPU takes long to say its memory
+                    bar.set_postfix_str(speed(new_tokens, started, model.device), False)
         except RuntimeError as error:
             if not out_of_memory(error) or budget <= longest:
                 raise

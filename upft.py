@@ -15,6 +15,7 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
@@ -269,10 +270,10 @@ class SplitAdamW:
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
         device = self.parameters[0].device.type
         # Elements at a time, so that float32 copies stay in a CPU's caches, and small on a GPU.
-        self.chunk = 1 << 18 if device == "cpu" else 1 << 24
-        if device == "cuda" and find_spec("triton"):
+        self.update, self.chunk = split_adamw, 1 << 18 if device == "cpu" else 1 << 24
+        if device == "cuda" and find_spec("triton") and (which("gcc") or which("clang")):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
-            self.update, self.chunk = torch.compile(self.update, dynamic=True), 1 << 40
+            self.update, self.chunk = torch.compile(split_adamw, dynamic=True), 1 << 40
 
     @staticmethod
     def join(weight: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
@@ -286,19 +287,6 @@ class SplitAdamW:
         upper = (bits + 0x8000) >> 16
         return upper.short().view(torch.bfloat16), (bits - (upper << 16)).short()
 
-    def update(self, weight, grad, lost, m, v, rate, correction) -> None:
-        """One step of some weights, in place; rate: lr over m's bias, correction: that of v."""
-        grad = grad.float()
-        mean = m.float().lerp_(grad, 1 - self.betas[0])
-        square = v.float().lerp_(grad.square_(), 1 - self.betas[1])
-        m.copy_(mean)
-        v.copy_(square)
-        size = square.div_(correction).sqrt_().add_(self.eps)
-        master = self.join(weight, lost).addcdiv_(mean.mul_(rate), size, value=-1)
-        upper, lower = self.split(master)
-        weight.copy_(upper)
-        lost.copy_(lower)
-
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update of all weights from their .grad, with bias correction, without decay."""
@@ -311,7 +299,7 @@ class SplitAdamW:
                 continue
             tensors = (p.view(-1), p.grad.view(-1), *state)
             for part in zip(*(t.split(self.chunk) for t in tensors)):
-                self.update(*part, rate, correction)
+                self.update(*part, rate, correction, *self.betas, self.eps)
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
@@ -323,6 +311,20 @@ class SplitAdamW:
             for mine, saved in zip(getattr(self, name), state[name]):
                 mine.copy_(saved)
         self.steps = state["steps"]
+
+
+def split_adamw(weight, grad, lost, m, v, rate, correction, beta1, beta2, eps) -> None:
+    """One step of some weights, in place; rate: lr over m's bias, correction: that of v."""
+    grad = grad.float()
+    mean = m.float().lerp_(grad, 1 - beta1)
+    square = v.float().lerp_(grad.square_(), 1 - beta2)
+    m.copy_(mean)
+    v.copy_(square)
+    size = square.div_(correction).sqrt_().add_(eps)
+    master = SplitAdamW.join(weight, lost).addcdiv_(mean.mul_(rate), size, value=-1)
+    upper, lower = SplitAdamW.split(master)
+    weight.copy_(upper)
+    lost.copy_(lower)
 
 
 class Float32AdamW(torch.optim.AdamW):

@@ -34,7 +34,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sample  # noqa: E402, I001  (first, for what it tells torch)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import (  # noqa: E402
@@ -45,6 +44,7 @@ from transformers import (  # noqa: E402
 )
 
 import evaluate  # noqa: E402
+import sample  # noqa: E402
 import upft  # noqa: E402
 
 QWEN = {  # Qwen2.5: the shapes alone; weights are random, which costs the same time

@@ -1,5 +1,6 @@
 """The sampling loop against the library's own generate, and against the distribution it claims."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -87,14 +88,35 @@ def test_batch_of_many_equals_one_by_one_even_when_rows_leave():
     assert any(len(s) < 25 for row in whole for s in row)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma"])
+CAPTURED = ["llama", "qwen2", "qwen3", "gemma"]
+WAYS = [dict(), dict(temperature=0.9, n=3), dict(temperature=0.9, max_new_tokens=1)]
+
+
+@pytest.mark.parametrize("family", CAPTURED)
 def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
     """All of a GPU's path but the graph itself: fixed buffers, one mask, half empty batches."""
-    model, prompts = small_model(family), ragged_prompts(9)
-    steps, made = [], sample.CapturedStep
-    counted = lambda model, cache, mask: steps.append(len(mask)) or made(model, cache, mask)
-    monkeypatch.setattr(sample, "CapturedStep", counted)
-    for how in (dict(), dict(temperature=0.9, n=3), dict(temperature=0.9, max_new_tokens=1)):
+    model, prompts, steps = small_model(family), ragged_prompts(9), []
+
+    class Watched(sample.CapturedStep):
+        """A graph would go on with the addresses that it was made with."""
+
+        def __init__(self, model, cache, mask):
+            super().__init__(model, cache, mask)
+            steps.append(len(mask))
+            self.first = self.addresses()
+
+        def addresses(self):
+            layers = [b for layer in self.cache.layers for b in (layer.keys, layer.values)]
+            buffers = [self.ids, self.position, self.column, self.real, self.every, *layers]
+            return [b.data_ptr() for b in buffers]
+
+        def __call__(self, *step):
+            logits = super().__call__(*step)
+            assert self.addresses() == self.first
+            return logits
+
+    monkeypatch.setattr(sample, "CapturedStep", Watched)
+    for how in WAYS:
         options = dict(max_new_tokens=40, eos_ids={3, 14, 15, 92, 65}) | how
         monkeypatch.setattr(sample, "can_be_captured", lambda model: False)
         plain = generate(model, prompts, **options)
@@ -108,20 +130,43 @@ def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
         steps.clear()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph needs a GPU")
+@pytest.mark.parametrize("family", CAPTURED)
+def test_a_graph_gives_the_same_tokens(family, monkeypatch):
+    model, prompts = small_model(family).cuda(), ragged_prompts(9)
+    for how in WAYS:  # a budget for several batches one after the other
+        options = dict(max_new_tokens=40, eos_ids={3, 14, 15, 92, 65}, token_budget=300) | how
+        captured = generate(model, prompts, **options)
+        with monkeypatch.context() as without:
+            without.setattr(sample, "can_be_captured", lambda model: False)
+            assert generate(model, prompts, **options) == captured
+
+
+def test_decode_leaves_the_uniforms_of_its_caller_alone():
+    uniforms = np.random.default_rng(0).random((12, 20))
+    before, options = uniforms.copy(), dict(max_new_tokens=20, temperature=1.0, top_p=1.0)
+    list(sample.decode(small_model(), ragged_prompts(12), [1] * 12, uniforms,
+                       eos_ids=set(range(20)), **options))
+    assert (uniforms == before).all()
+
+
 def test_only_models_that_a_graph_fits_are_captured(monkeypatch):
     rotary = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     longer = lambda kind: transformers.LlamaConfig(**SMALL, rope_parameters=rotary | {
         "rope_type": kind, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
     fits = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "gemma")}
-    fits |= {"llama3": longer("llama3"), "yarn": longer("yarn")}
+    fits |= {kind: longer(kind) for kind in ("llama3", "yarn", "linear")}
     others = {name: FAMILIES[name] for name in ("gemma2", "gemma3", "gpt2")}
     others |= {
         "dynamic": longer("dynamic"),  # its frequencies depend on the length
         "window": transformers.MistralConfig(**SMALL, sliding_window=8),
+        "layers": transformers.Qwen3Config(**SMALL, head_dim=16, layer_types=[
+            "full_attention", "sliding_attention"]),
+        "alibi": transformers.FalconConfig(**SMALL, alibi=True),
         "experts": transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4),
     }
     for name, config in (fits | others).items():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # it is changed below
         assert not sample.can_be_captured(model)  # on a CPU
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
         assert sample.can_be_captured(model) == (name in fits), name

@@ -263,3 +263,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model.get_output_embeddings().weight.data[5] = float("nan")
     with pytest.raises(sample.InputError, match="step 1: loss nan.*--lr"):
         upft.train(model, some_examples(4), settings(), tmp_path)
+
+
+def test_training_leaves_the_attention_of_cudnn_alone(monkeypatch):
+    """Also where checkpointing computes a layer again, and only there."""
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*inputs, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model, before = small_model("llama"), torch.backends.cuda.cudnn_sdp_enabled()
+    upft.enable_checkpointing(model)
+    backward(model.train(), some_examples(2), 2, "example")
+    assert seen == [False] * 4  # two layers, forward and again
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
