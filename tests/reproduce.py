@@ -350,7 +350,10 @@ def bars(pairs, width: int = 50) -> None:
 
 def figures(args):
     """Draw what the other commands found: <out>/*.json -> <out>/*.svg, or charts in text."""
-    found = {p.stem: json.loads(p.read_text()) for p in sorted(args.out.glob("*.json"))}
+    charts = {"coverage": draw_coverage, "rollouts": draw_rollouts, "ablations": draw_prefix,
+              "tables": draw_cost}  # fmt: skip
+    files = {name: args.out / f"{name}.json" for name in charts}
+    found = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
     try:
         import matplotlib
 
@@ -360,13 +363,11 @@ def figures(args):
         return text_figures(found)
     # The same numbers give the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "upft", "svg.fonttype": "none"})
-    for name, chart in {"coverage": draw_coverage, "rollouts": draw_rollouts,
-                        "ablations": draw_prefix, "tables": draw_cost}.items():  # fmt: skip
-        if name in found:
-            figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
-            chart(axes, found[name]["rows"])
-            figure.savefig(args.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
-            print(args.out / f"{name}.svg")
+    for name in found:
+        figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+        charts[name](axes, found[name]["rows"])
+        figure.savefig(args.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        print(args.out / f"{name}.svg")
 
 
 def text_figures(found: dict) -> None:

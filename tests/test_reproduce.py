@@ -99,6 +99,13 @@ def test_openings_are_written_before_every_answer(reproduce, tmp_path, monkeypat
     assert same["paired"]["won"] == same["paired"]["lost"] == []
 
 
+def test_the_figures_of_the_repository_can_be_drawn_as_text(reproduce, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    reproduce.main(["figures", "--out", str(DATA / "figures")])
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}\n" in shown for name in ("coverage", "rollouts", "ablations", "tables"))
+
+
 def test_the_gpu_arms_of_the_benchmark_run_on_tiny_shapes(monkeypatch):
     from tests import benchmark
 
