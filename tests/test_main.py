@@ -222,6 +222,7 @@ BAD = {
     "no data for a model": (lambda t: ["--model", "some/model"], "--data is needed"),
     "prefix 0": (lambda t: ["--prefix", "0"], "--prefix must be above 0"),
     "structure 1.5": (lambda t: ["--structure", "1.5"], "--structure must lie between 0 and 1"),
+    "save-every -1": (lambda t: ["--save-every", "-1"], "--save-every must not be negative"),
     "lr 0": (lambda t: ["--lr", "0"], "--lr must be above 0"),
     "no chat template": (
         lambda t: ["--model", tiny_without(t, "chat_template.jinja"), "--data", "tiny"],
