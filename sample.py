@@ -344,7 +344,7 @@ def can_be_captured(model) -> bool:
 
 
 class CapturedStep:
-    """next_logits for one new column as a CUDA graph: its thousand kernels in one launch.
+    """next_logits for one new column as a CUDA graph: its hundreds of kernels in one launch.
 
     A GPU computes a small model's step faster than Python can launch it kernel by kernel. A graph
     replays the same kernels at the same addresses, so nothing may grow: the cache has all its

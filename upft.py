@@ -269,8 +269,9 @@ class SplitAdamW:
         zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype).view(-1) for p in self.parameters]
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
         device = self.parameters[0].device.type
+        self.update = split_adamw
         # Elements at a time, so that float32 copies stay in a CPU's caches, and small on a GPU.
-        self.update, self.chunk = split_adamw, 1 << 18 if device == "cpu" else 1 << 24
+        self.chunk = 1 << 18 if device == "cpu" else 1 << 24
         if device == "cuda" and find_spec("triton") and (which("gcc") or which("clang")):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
             self.update, self.chunk = torch.compile(split_adamw, dynamic=True), 1 << 40
@@ -292,6 +293,7 @@ class SplitAdamW:
         """One update of all weights from their .grad, with bias correction, without decay."""
         self.steps += 1
         device = self.parameters[0].device
+        # As tensors, because a compiled update would be compiled again for another number.
         rate = torch.tensor(lr / (1 - self.betas[0] ** self.steps), device=device)
         correction = torch.tensor(1 - self.betas[1] ** self.steps, device=device)
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
