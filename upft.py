@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -183,8 +184,8 @@ def batches(count: int, batch_size: int, epochs: int, seed: int) -> list[np.ndar
 def micro_batches(examples: list[dict], size: int) -> list[list[dict]]:
     """Cut one batch into pieces of at most `size` examples that go through the model together.
 
-    A piece is all prefixes or all full traces, of similar length: mixed, the long traces would
-    set how many columns of logits the short ones compute.
+    A piece is all prefixes or all full traces, of similar length: mixed, the short ones would be
+    padded to the length of the long ones, and padding costs as much as text.
     """
     groups = (sorted((e for e in examples if e["kind"] == kind), key=length)
               for kind in ("prefix", "full"))
@@ -205,22 +206,18 @@ def head_nll(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor:
     """NLL (N,) of every response token of a micro-batch: example by example, in token order.
 
-    With left padding all responses end in the last column, so only the last K + 1 columns of the
-    hidden states (K = longest response) meet the vocabulary, and of those only real ones: 8
-    columns where the prompt has 100. Long traces meet it `chunk` positions at a time, each
-    recomputed in the backward pass, so that logits never exist for all positions at once.
+    Rows are padded on the right, where a causal model never looks: there is nothing to mask, which
+    is simpler and faster than padding on the left, as decoding needs it. Only the hidden states that predict a response
+    token meet the vocabulary: 8 where the prompt has 100. Long traces meet it `chunk` positions at
+    a time, each recomputed in the backward pass, so that their logits never exist all at once.
     """
-    rows = [e["prompt"] + e["response"] for e in examples]
-    ids, mask = (x.to(model.device) for x in sample.left_pad(rows))
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    longest = max(len(e["response"]) for e in examples)
-    out = model.base_model(ids, attention_mask=mask, position_ids=position, use_cache=False)
-    # (B, K, H): column k predicts column k + 1
-    hidden = out.last_hidden_state[:, -longest - 1 : -1]
-    targets = ids[:, -longest:]  # (B, K)
-    lengths = torch.tensor([len(e["response"]) for e in examples], device=model.device)
-    real = torch.arange(longest, device=model.device) >= longest - lengths[:, None]  # (B, K)
-    pieces = list(zip(hidden[real].split(chunk), targets[real].split(chunk)))
+    ids = [e["prompt"] + e["response"] for e in examples]
+    real = [[False] * len(e["prompt"]) + [True] * len(e["response"]) for e in examples]
+    ids, real = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+                 .to(model.device) for rows in (ids, real))  # (B, T)
+    hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, H)
+    # Column k predicts column k + 1.
+    pieces = list(zip(hidden[:, :-1][real[:, 1:]].split(chunk), ids[real].split(chunk)))
     if len(pieces) == 1:
         return head_nll(model, *pieces[0])
     return torch.cat([checkpoint(head_nll, model, h, t, use_reentrant=False) for h, t in pieces])
@@ -239,8 +236,8 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
     return (1 / (lengths * len(batch))).repeat_interleave(lengths)
 
 
-# Not cuDNN's attention: its gradient is now and then NaN where a row of the mask is all padding
-# (torch 2.11 on an H100; the others cost 1 % of a step of a 7B).
+# Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100). There
+# is no mask now, but that has not been tried, and the others cost 1 % of a step of a 7B.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""
