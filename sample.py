@@ -253,46 +253,41 @@ def stop_ids(model, tokenizer) -> set[int]:
 
 
 class KVLayer(DynamicLayer):
-    """Keys and values of one layer in buffers (rows, heads, capacity, head_dim) written in place.
+    """Keys and values of one layer in buffers (rows, heads, columns, head_dim) written in place.
 
-    The library's own layer concatenates, which copies the whole cache at every token. Here a token
-    is written into the next free column, and rows that are done are overwritten by live ones.
+    The library's own layer concatenates, which copies the whole cache at every token. Here `decode`
+    reserves room for all tokens to come, each is written into the next free column, and rows that
+    are done are overwritten by live ones.
     """
 
-    rows = length = 0  # in use; the buffers may be larger
+    rows = length = 0  # rows and columns in use
     column = None  # in a captured step: the tensor that says where the new column goes
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Append the new columns (rows, heads, T, head_dim); return all keys and values so far."""
-        if self.column is not None:
-            return (self.keys.index_copy_(2, self.column, key_states),
-                    self.values.index_copy_(2, self.column, value_states))
-        new = key_states.shape[2]
+        """Keep the prompts, then add a column (rows, heads, 1, head_dim); return all there is."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.rows = len(key_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        if self.length + new > self.keys.shape[2]:
-            # Room in steps of 64 columns or an eighth: the copy that growing costs is rare.
-            extra = new + max(64, self.length // 8)
-            grown = lambda b: torch.cat([b[: self.rows, :, : self.length],
-                                         b.new_empty(self.rows, b.shape[1], extra, b.shape[3])], 2)
-            self.keys, self.values = grown(self.keys), grown(self.values)
-        columns = slice(self.length, self.length + new)
-        self.keys[: self.rows, :, columns] = key_states
-        self.values[: self.rows, :, columns] = value_states
-        self.length += new
-        return self.keys[: self.rows, :, : self.length], self.values[: self.rows, :, : self.length]
+            self.keys, self.values = key_states, value_states
+            self.rows, _, self.length, _ = key_states.shape
+            return key_states, value_states
+        keys, values = self.keys[: self.rows], self.values[: self.rows]
+        if self.column is not None:
+            return (keys.index_copy_(2, self.column, key_states),
+                    values.index_copy_(2, self.column, value_states))
+        keys[:, :, self.length] = key_states[:, :, 0]
+        values[:, :, self.length] = value_states[:, :, 0]
+        self.length += 1
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def get_seq_length(self):
-        """Columns in use, after `fix` all; the library reads it to build the attention mask."""
+        """Columns in use; the library reads it to build the attention mask."""
         return self.length
 
     def join(self, others, width: int) -> None:
         """Put the rows of other layers, read apart, under these; all end in column `width`."""
         for name in ("keys", "values"):
             setattr(self, name, torch.cat([
-                F.pad(getattr(layer, name)[:, :, : layer.length], (0, 0, width - layer.length, 0))
+                F.pad(getattr(layer, name), (0, 0, width - layer.length, 0))
                 for layer in (self, *others)
             ]))
         self.rows, self.length = len(self.keys), width
@@ -312,12 +307,10 @@ class KVLayer(DynamicLayer):
         self.values[holes] = self.values[fillers]
         self.rows = rows
 
-    def fix(self, columns: int, column: torch.Tensor) -> None:
-        """Copy to `columns` columns; from now on a new one is written where `column` says."""
-        self.keys, self.values = (
-            F.pad(b[: self.rows, :, : self.length], (0, 0, 0, columns - self.length))
-            for b in (self.keys, self.values))
-        self.length, self.column = columns, column
+    def reserve(self, columns: int) -> None:
+        """Make room for `columns` columns (zero, for a captured step reads and masks them)."""
+        self.keys, self.values = (F.pad(b, (0, 0, 0, columns - self.length))
+                                  for b in (self.keys, self.values))
 
 
 def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
@@ -360,7 +353,7 @@ class CapturedStep:
         # The graph reads these wherever they were when it was made: they have to outlive it.
         self.real, self.every = mask[:, None, None].bool(), torch.arange(columns).to(mask.device)
         for layer in cache.layers:
-            layer.fix(columns, self.column)
+            layer.length, layer.column = columns, self.column
         # A first call sets up what must not happen while capturing. What it writes into the last
         # column does no harm: the last token of a response is never read.
         self.step()
@@ -489,6 +482,8 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
     columns = mask.shape[1]
     mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
+    for layer in cache.layers:
+        layer.reserve(columns + max_new_tokens)
     uniforms = torch.tensor(uniforms, device=model.device)
     # Making a graph takes as long as two steps without one.
     fixed = max_new_tokens > 4 and can_be_captured(model)

@@ -207,9 +207,10 @@ def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor
     """NLL (N,) of every response token of a micro-batch: example by example, in token order.
 
     Rows are padded on the right, where a causal model never looks: there is nothing to mask, which
-    is simpler and faster than padding on the left, as decoding needs it. Only the hidden states that predict a response
-    token meet the vocabulary: 8 where the prompt has 100. Long traces meet it `chunk` positions at
-    a time, each recomputed in the backward pass, so that their logits never exist all at once.
+    is simpler and faster than the left padding that decoding needs. Only the hidden states that
+    predict a response token meet the vocabulary: 8 where the prompt has 100. Long traces meet it
+    `chunk` positions at a time, each recomputed in the backward pass, so that their logits never
+    exist all at once.
     """
     ids = [e["prompt"] + e["response"] for e in examples]
     real = [[False] * len(e["prompt"]) + [True] * len(e["response"]) for e in examples]
@@ -236,8 +237,8 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
     return (1 / (lengths * len(batch))).repeat_interleave(lengths)
 
 
-# Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100). There
-# is no mask now, but that has not been tried, and the others cost 1 % of a step of a 7B.
+# Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100). Now
+# there is no mask, but that has not been tried, and the others cost 1 % of a step of a 7B.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""

@@ -66,7 +66,7 @@ def test_greedy_equals_the_library_token_for_token(family, together, monkeypatch
 
 
 def test_greedy_equals_the_library_with_several_eos_ids():
-    model, prompts, new = small_model(), ragged_prompts(12), 100  # so many that the cache grows
+    model, prompts, new = small_model(), ragged_prompts(12), 100
     free = [r[0] for r in generate(model, prompts, max_new_tokens=new)]
     assert free[2] == library_greedy(model, prompts[2], new)
     eos = [free[0][4], free[1][9]]  # two ids that really occur, in different rows
