@@ -210,10 +210,11 @@ def make_drill(rng, world):
     return DRILL_PROMPT, " ".join(sums)
 
 
-def make_corpus(rng, world):
+def make_corpus(rng, world, more=0):
     """(stories, drills, questions): [(user turn, solution)] twice, and {split: [record]}.
 
-    No question occurs twice anywhere, so the three splits and the corpus are pairwise disjoint.
+    No question occurs twice anywhere, so the splits and the corpus are pairwise disjoint. The
+    split "more" comes last: it changes nothing of the others.
     """
     seen = set()
 
@@ -230,13 +231,16 @@ def make_corpus(rng, world):
         question, weights, *numbers = fresh()
         tail = f" {SUFFIX}" if rng.random() < SUFFIX_SHARE else ""
         stories.append((question + tail, solve(rng, pick(rng, weights), *numbers)))
-    questions = {split: [] for split in QUESTIONS}
-    for split, count in QUESTIONS.items():
-        for _ in range(count):
-            question, _, start, changes, price = fresh()
-            answer = str((start + sum(changes)) * price)
-            questions[split].append({"question": question, "answer": answer})
-    return stories, [make_drill(rng, world) for _ in range(DRILLS)], questions
+
+    def ask(count):
+        """The records of so many new questions."""
+        drawn = (fresh() for _ in range(count))
+        return [{"question": question, "answer": str((start + sum(changes)) * price)}
+                for question, _, start, changes, price in drawn]  # fmt: skip
+
+    questions = {split: ask(count) for split, count in QUESTIONS.items()}
+    drills = [make_drill(rng, world) for _ in range(DRILLS)]
+    return stories, drills, questions | {"more": ask(more)}
 
 
 def build_tokenizer(texts):
@@ -385,6 +389,13 @@ def pretrain(tokenizer, batches):
     return model.eval()
 
 
+def write(folder, questions):
+    """<split>.jsonl of every split."""
+    for split, records in questions.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{split}.jsonl").write_text(lines)
+
+
 def main():
     """Corpus, tokenizer, questions, pretraining; everything follows from the seed."""
     parser = argparse.ArgumentParser(
@@ -395,26 +406,28 @@ def main():
     parser.add_argument("--out", type=Path, help="folder (default: data/tiny, the default world)")
     parser.add_argument("--world", default="default", choices=WORLDS,
                         help="trap: the preferred opening is the less reliable one")
+    parser.add_argument("--more", type=int, default=0, metavar="N",
+                        help="only write N further test questions of this world, to more.jsonl")
     args = parser.parse_args()
     if args.out is None:
-        if args.world != "default" or args.seed:
+        if args.world != "default" or args.seed or args.more:
             parser.error("needs --out: data/tiny holds the default world, made with seed 0")
         args.out = Path(__file__).parent / "tiny"
     began, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
-    stories, drills, questions = make_corpus(rng, args.world)
+    stories, drills, questions = make_corpus(rng, args.world, args.more)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.more:
+        return write(args.out, {"more": questions["more"]})
     texts = [text for pair in stories + drills for text in pair]
     tokenizer = build_tokenizer([*texts, "user", "assistant", "system"])
     # Sums first: a drill holds ten calculations in the tokens of one story.
     batches = make_batches(rng, encode(tokenizer, drills))
     batches += make_batches(rng, encode(tokenizer, stories))
     model = pretrain(tokenizer, batches)
-    args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    for split, records in questions.items():
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (args.out / f"{split}.jsonl").write_text(lines)
+    write(args.out, {split: questions[split] for split in QUESTIONS})
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.out}: {size:,} parameters, {len(tokenizer)} tokens, {time.time() - began:.0f} s")
 
