@@ -120,6 +120,8 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
         """What is wrong with a row, or None."""
         if not isinstance(row.get("question"), str) or not row["question"].strip():
             return 'no "question"'
+        if row["question"] != row["question"].encode(errors="ignore").decode():
+            return '"question" holds half a surrogate pair, which is no character'
         answer = "" if row.get("answer") is None else str(row["answer"]).strip()
         if need_answer and not answer:
             return 'no "answer", which is needed here'
@@ -424,14 +426,14 @@ def uniform_stream(seed: int, key: int, sample: int, count: int) -> np.ndarray:
     return np.random.Generator(philox).random(count)
 
 
-def left_pad(rows: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token lists -> ids (B, T) and mask (B, T), 1 where a token is real.
 
     [[5, 6, 7], [8]] -> ids [[5, 6, 7], [0, 0, 8]], mask [[1, 1, 1], [0, 0, 1]]. The last column
-    is every row's last token. Padding is known by position, so any id can serve as pad.
+    is every row's last token. Padding is known by the mask: 0 may be a token of its own.
     """
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 
@@ -453,6 +455,8 @@ def prefill(model, prompts):
         position = (own.cumsum(-1) - 1).clamp(min=0)
         logits.append(next_logits(model, ids, own, position, caches[-1]))
         at += len(rows)
+    if not caches[0].layers:
+        raise InputError(f"{type(model).__name__} keeps no keys and values")
     if len(caches) > 1:
         for layer, *others in zip(*(cache.layers for cache in caches)):
             layer.join(others, mask.shape[1])
@@ -660,12 +664,16 @@ def fingerprint(prompts) -> str:
 
 def check_length(model, prompts, max_new_tokens: int) -> None:
     """InputError where the longest prompt with its response does not fit the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # Phi-3: a batch beyond this has other frequencies
+        context = rope["original_max_position_embeddings"]
     number, longest = max(enumerate(prompts, 1), key=lambda p: len(p[1]), default=(0, []))
     if context and len(longest) + max_new_tokens > context:
         raise InputError(f"prompt {number} has {len(longest)} tokens, and with {max_new_tokens} "
                          f"new ones it exceeds the model's context of {context}: shorten it or "
-                         "lower --max-new-tokens")
+                         "lower --max-new-tokens (or --prefix)")
 
 
 # ---- script ----------------------------------------------------------------------------------

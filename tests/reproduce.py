@@ -474,6 +474,8 @@ def main(argv=None):
     sample.fill_defaults(args)
     args.samples = args.samples or (64 if args.command == "coverage" else 16)
     args.lengths = args.lengths or [0] * (args.command == "rollouts") + [2**k for k in range(7)]
+    if min(args.lengths) < 0:
+        raise sample.InputError("--lengths must not be negative")
     commands[args.command](args)
 
 

@@ -1,11 +1,15 @@
 """The command line end to end on the embedded model, and what it says to bad input."""
 
+import argparse
+import ast
 import importlib.util
+import io
 import json
 import random
 import shutil
 import subprocess
 import sys
+import tokenize
 
 import pytest
 import torch
@@ -230,6 +234,8 @@ BAD = {
     "context": (
         lambda t: ["--model", tiny_without(t, "", max_position_embeddings=170), "--data", "tiny"],
         "exceeds the model's context of 170"),
+    "context, of a prefix": (lambda t: ["--prefix", "1000"], "or --prefix"),
+    "half a character": (lambda t: ["--data", write(t, '{"question": "\\ud800"}\n')], "surrogate"),
     "folder in use": (lambda t: ["--out", str(TINY)], "is in use"),
     "nothing to resume": (lambda t: ["--out", str(t / "none"), "--resume"], "no run in"),
     "resume what": (lambda t: ["--resume"], "--resume needs --out"),
@@ -253,6 +259,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, monkeypatch
 def test_resume_refuses_other_settings(finished):
     with pytest.raises(sample.InputError, match="--prefix differ"):
         run_upft(finished[0], "--prefix", "4", "--resume")
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    record = finished[0] / "metrics.json"
+    before = record.read_text()
+    run_upft(finished[0], "--resume")
+    assert record.read_text() == before and "(a resumed run" not in capsys.readouterr().out
 
 
 def test_resume_refuses_other_questions_under_the_same_name(tmp_path, monkeypatch):
@@ -284,6 +297,29 @@ def test_a_model_that_cannot_be_saved_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full_disk)
     with pytest.raises(InputError, match="cannot save the model in .*No space left"):
         run_upft(tmp_path / "run", "--limit", "8", "--eval-limit", "1")
+
+
+def test_a_disk_without_room_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(upft, "disk_usage", lambda folder: argparse.Namespace(free=3_000_000))
+    monkeypatch.setattr(upft, "train", None)
+    with pytest.raises(InputError, match="no room on the disk"):
+        run_upft(tmp_path / "run", "--limit", "8", "--eval-limit", "1")
+
+
+def test_the_readme_counts_the_lines_of_code():
+    """Without comments, docstrings and blank lines."""
+    readme = (DATA.parent / "README.md").read_text()
+    for name in ("sample.py", "upft.py", "evaluate.py"):
+        source = (DATA.parent / name).read_text()
+        code = set()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.string.strip() and token.type != tokenize.COMMENT:
+                code |= set(range(token.start[0], token.end[0] + 1))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                if ast.get_docstring(node) is not None:
+                    code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        assert f"| `{name}` | {len(code)} |" in readme
 
 
 def test_a_home_folder_is_found_for_questions_as_for_the_model(tmp_path, monkeypatch):

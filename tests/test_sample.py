@@ -180,7 +180,12 @@ def test_pad_equal_to_eos_does_no_harm(monkeypatch):
     eos = generate(model, prompts, max_new_tokens=12)[0][0][6]
     prompts = [p + [eos] + p for p in prompts]  # the EOS also occurs inside prompts
     expected = generate(model, prompts, max_new_tokens=12, eos_ids={eos})
-    monkeypatch.setattr(sample, "left_pad", lambda rows: left_pad(rows, pad=eos))
+
+    def padded_with_eos(rows):
+        ids, mask = left_pad(rows)
+        return ids.masked_fill(mask == 0, eos), mask
+
+    monkeypatch.setattr(sample, "left_pad", padded_with_eos)
     assert generate(model, prompts, max_new_tokens=12, eos_ids={eos}) == expected
 
 
@@ -321,6 +326,24 @@ def test_out_of_memory_with_one_sequence_is_one_clear_line(monkeypatch, capsys):
 def test_a_prompt_longer_than_the_context_is_named():
     with pytest.raises(InputError, match="prompt 2 has 120 tokens.*context of 128"):
         generate(small_model(), [[1], [1] * 120], max_new_tokens=20)
+
+
+def test_the_context_of_a_rope_that_changes_with_length_is_the_shorter_one():
+    """Phi-3's frequencies depend on the longest row of the batch, so on the company it keeps."""
+    rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    config = transformers.Phi3Config(**SMALL, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config)
+    sample.check_length(model, [[1] * 20], 12)
+    with pytest.raises(InputError, match="context of 32"):
+        sample.check_length(model, [[1] * 20], 13)
+
+
+def test_a_model_without_a_cache_is_refused():
+    config = transformers.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(InputError, match="OpenAIGPTLMHeadModel keeps no keys and values"):
+        generate(AutoModelForCausalLM.from_config(config), [[1, 2]], max_new_tokens=2)
+
+
 
 
 def test_left_pad_literal_example():

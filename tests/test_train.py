@@ -106,6 +106,9 @@ def test_micro_batches_never_mix_and_keep_every_example():
         pieces = micro_batches(examples, size)
         assert all(len({e["kind"] for e in piece}) == 1 and len(piece) <= size for piece in pieces)
         assert sorted(id(e) for p in pieces for e in p) == sorted(map(id, examples))
+    columns = lambda size: sum(len(p) * max(map(upft.length, p)) for p in micro_batches(examples, size))
+    real = sum(map(upft.length, examples))
+    assert columns(4) < 1.1 * real < columns(64)  # alike in length: little padding
 
 
 def test_structure_share_is_exact_random_and_reproducible():
@@ -212,10 +215,12 @@ def settings(**changes):
     return argparse.Namespace(**(defaults | changes))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2 has dropout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, dtype):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+        tmp_path, monkeypatch, dtype, family):
     examples = some_examples(14)
-    whole, stopped = small_model().to(dtype), small_model().to(dtype)
+    whole, stopped = small_model(family).to(dtype), small_model(family).to(dtype)
     losses = upft.train(whole, examples, settings(save_every=0), tmp_path)
     assert len(losses) == 8
     counted, calls = upft.backward, []
@@ -229,9 +234,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkey
     monkeypatch.setattr(upft, "backward", stop_in_step_6)
     with pytest.raises(KeyboardInterrupt):
         upft.train(stopped, examples, settings(), tmp_path)
-    fresh = small_model(seed=9).to(dtype)  # other weights: all must come from the checkpoint
+    fresh = small_model(family, seed=9).to(dtype)  # all must come from the checkpoint
     assert upft.train(fresh, examples, settings(resume=True), tmp_path) == losses
     assert len(calls) == 6 + 4  # steps 5 to 8 only
+    assert not fresh.training
     for (name, a), b in zip(whole.state_dict().items(), fresh.state_dict().values()):
         assert torch.equal(a, b), name
 
@@ -263,6 +269,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     model.get_output_embeddings().weight.data[5] = float("nan")
     with pytest.raises(sample.InputError, match="step 1: loss nan.*--lr"):
         upft.train(model, some_examples(4), settings(), tmp_path)
+
+
+def test_a_head_that_is_wrong_on_some_tokens_only_is_refused(monkeypatch):
+    """The last token of a chat prompt is so sure that any scale of the logits fits it."""
+    model, ids, right = small_model(), [5, 6, 7, 8, 9], upft.head_nll
+    upft.check_head(model, ids)
+    wrong = torch.tensor([2.0, 2.0, 2.0, 1.0])
+    monkeypatch.setattr(upft, "head_nll", lambda *args: right(*args) * wrong)
+    with pytest.raises(sample.InputError, match="head_nll.*LlamaForCausalLM"):
+        upft.check_head(model, ids)
 
 
 def test_training_leaves_the_attention_of_cudnn_alone(monkeypatch):
