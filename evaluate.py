@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from math import comb, sqrt
+from operator import add, mul, sub
 from pathlib import Path
 
 import numpy as np
@@ -241,8 +242,8 @@ TO_PYTHON = [(re.compile(pattern), new) for pattern, new in (       # innermost 
 CALL = re.compile(rf"\\({FUNCTION})(_\w+)?\s*(?:\*\*\(?(-?\w)\)?)?\s*"
                   rf"((?:\w|\\(?!{FUNCTION})[a-z]+|\*\*(?:\w|\(-?\w+\)))+|(?=\())")
 TOKEN = re.compile(r"\d+_\w+|\d+\.?\d*|\.\d+|\\?[A-Za-z]+(?:_\w+)?|\*\*|\S")
-ARITHMETIC = {ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__,
-              ast.UAdd: int.__add__, ast.USub: int.__sub__,         # a sign: 0 + x, 0 - x
+ARITHMETIC = {ast.Add: add, ast.Sub: sub, ast.Mult: mul,
+              ast.UAdd: add, ast.USub: sub,                         # a sign: 0 + x, 0 - x
               ast.Div: lambda a, b: a * pow(b, -1, PRIME)}
 
 
@@ -319,12 +320,15 @@ def rational(node: ast.AST) -> Fraction | None:
     match node:
         case ast.Constant(value=int(n)):
             return Fraction(n)
-        case ast.UnaryOp(op=ast.USub(), operand=inside):
-            value = rational(inside)
-            return value and -value
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
+        case ast.UnaryOp(op=op, operand=inside):
+            a, b = Fraction(0), rational(inside)
+        case ast.BinOp(left=left, op=op, right=right):
             a, b = rational(left), rational(right)
-            return a / b if a is not None and b else None
+        case _:
+            return None
+    if a is None or b is None or type(op) not in ARITHMETIC:
+        return None
+    return a / b if isinstance(op, ast.Div) else ARITHMETIC[type(op)](a, b)
 
 
 def power(base: int, exponent: Fraction, point: int) -> int:
