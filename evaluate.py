@@ -333,12 +333,15 @@ def rational(node: ast.AST) -> Fraction | None:
 
 def power(base: int, exponent: Fraction, point: int) -> int:
     """Return base to a rational power modulo PRIME, with i as the root of what has none."""
+    whole = pow(base, int(exponent), PRIME)             # x^{3/2} is x sqrt(x)
+    exponent -= int(exponent)
     degree = exponent.denominator
     while degree % 2 == 0:
         root = pow(base, (PRIME + 1) // 4, PRIME)       # of base, or of -base
         base = root if root * root % PRIME == base else root * random_number("v_i", point) % PRIME
         degree //= 2
-    return pow(base, exponent.numerator * pow(degree, -1, PRIME - 1), PRIME)
+    rest = exponent.numerator * pow(degree, -1, PRIME - 1)
+    return whole * pow(base, rest, PRIME) % PRIME
 
 
 # ------------------------------------------------------------------ 4. comparing answers
