@@ -673,7 +673,7 @@ def check_length(model, prompts, max_new_tokens: int) -> None:
     if context and len(longest) + max_new_tokens > context:
         raise InputError(f"prompt {number} has {len(longest)} tokens, and with {max_new_tokens} "
                          f"new ones it exceeds the model's context of {context}: shorten it or "
-                         "lower --max-new-tokens (or --prefix)")
+                         "lower --max-new-tokens (or upft.py's --prefix)")
 
 
 # ---- script ----------------------------------------------------------------------------------

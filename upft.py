@@ -208,10 +208,10 @@ def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor
     """NLL (N,) of every response token of a micro-batch: example by example, in token order.
 
     Rows are padded on the right, where a causal model never looks: there is nothing to mask, which
-    is simpler than the left padding that decoding needs. Only the hidden states that
-    predict a response token meet the vocabulary: 8 where the prompt has 100. Long traces meet it
-    `chunk` positions at a time, each recomputed in the backward pass, so that their logits never
-    exist all at once.
+    is simpler than the left padding that decoding needs. Only the hidden states that predict a
+    response token meet the vocabulary: 8 where the prompt has 100. Long traces meet it `chunk`
+    positions at a time, each recomputed in the backward pass, so that their logits never exist all
+    at once.
     """
     ids = [e["prompt"] + e["response"] for e in examples]
     real = [[False] * len(e["prompt"]) + [True] * len(e["response"]) for e in examples]

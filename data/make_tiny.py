@@ -409,6 +409,8 @@ def main():
     parser.add_argument("--more", type=int, default=0, metavar="N",
                         help="only write N further test questions of this world, to more.jsonl")
     args = parser.parse_args()
+    if args.more < 0:
+        parser.error("--more must not be negative")
     if args.out is None:
         if args.world != "default" or args.seed or args.more:
             parser.error("needs --out: data/tiny holds the default world, made with seed 0")

@@ -234,7 +234,7 @@ BAD = {
     "context": (
         lambda t: ["--model", tiny_without(t, "", max_position_embeddings=170), "--data", "tiny"],
         "exceeds the model's context of 170"),
-    "context, of a prefix": (lambda t: ["--prefix", "1000"], "or --prefix"),
+    "context, of a prefix": (lambda t: ["--prefix", "1000"], "upft.py's --prefix"),
     "half a character": (lambda t: ["--data", write(t, '{"question": "\\ud800"}\n')], "surrogate"),
     "folder in use": (lambda t: ["--out", str(TINY)], "is in use"),
     "nothing to resume": (lambda t: ["--out", str(t / "none"), "--resume"], "no run in"),

@@ -331,7 +331,8 @@ def test_a_prompt_longer_than_the_context_is_named():
 def test_the_context_of_a_rope_that_changes_with_length_is_the_shorter_one():
     """Phi-3's frequencies depend on the longest row of the batch, so on the company it keeps."""
     rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
-    config = transformers.Phi3Config(**SMALL, pad_token_id=0, original_max_position_embeddings=32, rope_parameters=rope)
+    config = transformers.Phi3Config(**SMALL, pad_token_id=0, rope_parameters=rope,
+                                     original_max_position_embeddings=32)
     model = AutoModelForCausalLM.from_config(config)
     sample.check_length(model, [[1] * 20], 12)
     with pytest.raises(InputError, match="context of 32"):

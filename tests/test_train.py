@@ -106,7 +106,8 @@ def test_micro_batches_never_mix_and_keep_every_example():
         pieces = micro_batches(examples, size)
         assert all(len({e["kind"] for e in piece}) == 1 and len(piece) <= size for piece in pieces)
         assert sorted(id(e) for p in pieces for e in p) == sorted(map(id, examples))
-    columns = lambda size: sum(len(p) * max(map(upft.length, p)) for p in micro_batches(examples, size))
+    columns = lambda size: sum(len(piece) * max(map(upft.length, piece))
+                               for piece in micro_batches(examples, size))
     real = sum(map(upft.length, examples))
     assert columns(4) < 1.1 * real < columns(64)  # alike in length: little padding
 
