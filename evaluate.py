@@ -26,6 +26,7 @@ from sample import InputError
 # From a whole completion to the words that state its final answer.
 
 BOX_OR_BRACE = re.compile(r"(?:boxed|fbox)\s*\{|\\(?!boxed|fbox).|[{}]", re.S)
+OPEN_BOX = re.compile(r"\\?(?:boxed|fbox)\s*\{$")
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{)([^\s$]+)")
 HASHES = re.compile(r"^[ \t]*####[ \t]*(?![A-Za-z]{2}|\d+[.):][ \t]+\S)(\S[^\n]*)", re.M)
 PHRASE = re.compile(
@@ -69,7 +70,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def find_boxed(text: str) -> tuple[str | None, str]:
-    """Return the last complete box's content (or None), and the text up to an unfinished box."""
+    """Return the last complete box's content (or None), and the text before an unfinished box."""
     stack, at, content = [], 0, None
     for token in BOX_OR_BRACE.finditer(text):
         if token[0] == "}":
@@ -84,7 +85,7 @@ def find_boxed(text: str) -> tuple[str | None, str]:
     if content or not opened:
         return content, text
     line = re.match(r"\s*([^$\n]*[^$\n\s.*}])[.*}\s]*[$\n]", text[opened:])
-    return (line[1], text) if line else (None, text[:opened])
+    return (line[1], text) if line else (None, OPEN_BOX.sub("", text[:opened]))
 
 
 def read_statement(rest: str) -> str | None:
@@ -354,6 +355,7 @@ THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3}(?:,\d{3})+)(?![\d,]\d)")
 LOOSER = [(re.compile(pattern, re.S), new) for pattern, new in (   # further readings of an answer
     (r"(-?[\dA-F]+)_\{?\w+\}?", r"\1"),                  # 2516_8 where the base goes without saying
     (r"(\d+):00", r"\1"),                                # three o'clock
+    (r"(-?[\d.,]+) [mgLsh]", r"\1"),                     # 12 m: metres, not 12 times m
     (r"(.*)\\cdot 10\^\{(?:0\d|12)\}", r"\1"),           # 4 million, of a question in millions
     (r"(.*)\\approx.*", r"\1"), (r".*\\approx(.*)", r"\1"),
     (r"\(?([A-J])(?:\)[.:]?|[.:])\s*\S.*", r"\1"),       # a choice with its text: "(C) 12"
@@ -540,10 +542,10 @@ def wilson(correct: float, n: int) -> tuple[float, float]:
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean of per-question values, resampled."""
     rng = np.random.default_rng(0)
-    means = [rng.choice(values, len(values)).mean() for _ in range(draws)]
+    means = [rng.choice(values, len(values)).mean() for _ in range(2000)]
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
 
 
@@ -659,17 +661,17 @@ def read_predictions(path) -> list[dict]:
 
 def print_summary(rows: list[dict]) -> None:
     """Print accuracy and what explains it, over all questions and by level and subject."""
-    groups = {"all": rows}
+    groups, summaries = {"all": rows}, {}
     for row in rows:
         for key in row.keys() & {"level", "subject"}:
             groups.setdefault(f"{key} {row[key]}", []).append(row)
     print(f"{'':<32}{'n':>6}  accuracy   95 % interval  tokens  cut off  no answer")
     for name, group in sorted(groups.items()):
-        s = summarize(group)
-        s |= {key: 100 * s[key] for key in ("accuracy", "low", "high", "cut_off", "no_answer")}
+        s = summaries[name] = summarize(group)
+        s = s | {key: 100 * s[key] for key in ("accuracy", "low", "high", "cut_off", "no_answer")}
         print(f"{name:<32}{s['n']:>6}{s['accuracy']:>8.1f} %  {s['low']:5.1f} .. {s['high']:5.1f}"
               f"{s['mean_tokens']:>8.0f}{s['cut_off']:>7.1f} %{s['no_answer']:>9.1f} %")
-    several = [f"{key} {100 * value:.1f} %" for key, value in summarize(rows).items() if "@" in key]
+    several = [f"{k} {100 * value:.1f} %" for k, value in summaries["all"].items() if "@" in k]
     print("  ".join(several + [f"one question = {100 / len(rows):.2g} points"]))
 
 

@@ -50,10 +50,10 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped; what was written so far is kept", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:  # OSError: a full disk, a folder without permission
+    except Exception as error:
         if out_of_memory(error):
             error = "out of memory with one sequence alone: lower --max-new-tokens"
-        elif not isinstance(error, (InputError, OSError)):
+        elif not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -103,6 +103,12 @@ def write_jsonl(path, rows, indent=None) -> None:
     os.replace(temporary, path)
 
 
+def is_text(value) -> bool:
+    """Whether this is a string that says something, and holds no half of a surrogate pair."""
+    is_string = isinstance(value, str) and value.strip()
+    return bool(is_string) and value == value.encode(errors="ignore").decode()
+
+
 def load_questions(name, split: str = "train", limit=None, need_answer=False) -> list[dict]:
     """The questions of "tiny", of a set made by data/prepare.py, or of a JSONL file.
 
@@ -118,10 +124,8 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
 
     def check(row):
         """What is wrong with a row, or None."""
-        if not isinstance(row.get("question"), str) or not row["question"].strip():
-            return 'no "question"'
-        if row["question"] != row["question"].encode(errors="ignore").decode():
-            return '"question" holds half a surrogate pair, which is no character'
+        if not is_text(row.get("question")):
+            return 'no "question", or one that holds half a surrogate pair'
         answer = "" if row.get("answer") is None else str(row["answer"]).strip()
         if need_answer and not answer:
             return 'no "answer", which is needed here'
@@ -131,8 +135,10 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
     rows = read_jsonl(path, check=check)[:limit]
     if not rows:
         raise InputError(f"{path} holds no questions")
-    text = lambda row: {} if row.get("answer") is None else {"answer": str(row["answer"])}
-    return [row | text(row) for row in rows]
+    for row in rows:
+        if row.get("answer") is not None:
+            row["answer"] = str(row["answer"])
+    return rows
 
 
 # ---- model and prompt ------------------------------------------------------------------------
@@ -195,7 +201,8 @@ def default_instruction(model_name) -> str:
 
 
 def fill_defaults(args, **defaults) -> None:
-    """Set flags that were not given to what suits the model; InputError for senseless values."""
+    """Give flags that were not given the values that suit the model, then check those of all
+    scripts: InputError for senseless ones."""
     defaults |= dict(instruction=default_instruction(args.model),
                      max_new_tokens=160 if is_tiny(args.model) else 512,
                      temperature=0.6 if getattr(args, "n", 1) > 1 else 0.0)
@@ -294,7 +301,7 @@ class KVLayer(DynamicLayer):
             ]))
         self.rows, self.length = len(self.keys), width
 
-    def spread(self, counts: torch.Tensor, pad: int) -> None:
+    def repeat(self, counts: torch.Tensor, pad: int) -> None:
         """Repeat row i counts[i] times: the samples of one prompt continue from one prefill.
 
         pad: columns that are put before the others, and have to be masked.
@@ -303,7 +310,7 @@ class KVLayer(DynamicLayer):
                                   for b in (self.keys, self.values))
         self.rows, self.length = len(self.keys), self.length + pad
 
-    def keep(self, holes: list[int], fillers: list[int], rows: int) -> None:
+    def compact(self, holes: list[int], fillers: list[int], rows: int) -> None:
         """Copy the rows `fillers` into the rows `holes`, then use only the first `rows` rows."""
         self.keys[holes] = self.keys[fillers]
         self.values[holes] = self.values[fillers]
@@ -350,7 +357,7 @@ class CapturedStep:
         """mask: (rows, columns), 1 where a token is real or to come."""
         rows, columns = mask.shape
         self.model, self.cache, self.graph = model, cache, None
-        self.ids, self.position = (mask.new_zeros(rows, 1) for _ in range(2))
+        self.ids, self.position = mask.new_zeros(2, rows, 1)
         self.column = mask.new_full((1,), columns - 1)
         # The graph reads these wherever they were when it was made: they have to outlive it.
         self.real, self.every = mask[:, None, None].bool(), torch.arange(columns).to(mask.device)
@@ -390,9 +397,12 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
     """One token id for each row of logits (B, V): argmax at temperature 0, else inverse CDF.
 
     uniforms: (B,) float64 in [0, 1). Row b gets the first token whose cumulative probability
-    exceeds uniforms[b]. Argmax and CDF search among sqrt(V) blocks of the vocabulary, then in one:
-    a CPU is slow at an argmax or a running sum over all of it. Running sums are float64, over
-    blocks and in a block; a block's own sum is float32, good to 1e-7 as the softmax itself.
+    exceeds uniforms[b]. In three lines that would be
+        upto = softmax(logits / temperature).double().cumsum(-1)
+        return (upto <= uniforms[:, None] * upto[:, -1:]).sum(-1)
+    but a CPU is slow at a running sum (or an argmax) over a whole vocabulary. So both search among
+    sqrt(V) blocks of it, then in one block. Running sums are float64, over blocks and in a block;
+    a block's own sum is float32, good to 1e-7 as the softmax itself.
     """
     rows, size = logits.shape
     width, row = int(size**0.5) + 1, torch.arange(rows, device=logits.device)
@@ -439,7 +449,7 @@ def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prefill(model, prompts):
-    """Read B prompts; returns the next token's logits (B, V), the cache, and the mask (B, T).
+    """Read B prompts, longest first; returns the next logits (B, V), the cache, the mask (B, T).
 
     A CPU is fastest when what it works on stays in its caches, so it reads a few prompts at a time
     (1.4 times as fast as 64 at once with a model of 135M), and so does a GPU, which has enough to
@@ -469,8 +479,8 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
 
     prompts: B token lists, counts: how many samples of each, so that sequence s is the s-th of
     sum(counts) in that order; uniforms: (sum(counts), max_new_tokens) float64. A sequence that
-    has drawn one of eos_ids leaves the batch: its row is overwritten by the last live row, where
-    steps are captured only once half of the rows are done.
+    has drawn one of eos_ids leaves the batch: a live one takes its row, at once or, with a CUDA
+    graph, when half of the rows are done.
     """
     logits, cache, mask = prefill(model, prompts)
     repeats = torch.tensor(counts, device=model.device)
@@ -480,45 +490,44 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     if max(counts) > 1:
         logits = logits.repeat_interleave(repeats, 0)
         for layer in cache.layers:
-            layer.spread(repeats, pad)
+            layer.repeat(repeats, pad)
     alive = torch.arange(sum(counts))  # the sequence that each row of the batch belongs to
-    length = mask.sum(-1).repeat_interleave(repeats)  # (rows,): the next token's position
+    position = mask.sum(-1).repeat_interleave(repeats)  # (rows,): of the next token
     mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
     columns = mask.shape[1]
-    mask = torch.cat([mask, mask.new_ones(len(alive), max_new_tokens)], 1)
+    mask = F.pad(mask, (0, max_new_tokens), value=1)
     for layer in cache.layers:
         layer.reserve(columns + max_new_tokens)
     uniforms = torch.tensor(uniforms, device=model.device)
     # Making a graph takes as long as two steps without one.
-    fixed = max_new_tokens > 4 and can_be_captured(model)
-    captured, finished = None, set()  # finished: rows that are done, but still in the batch
+    use_graph = max_new_tokens > 4 and can_be_captured(model)
+    graph_step, finished = None, set()  # finished: rows that are done, but still in the batch
     for step in range(max_new_tokens):
         tokens = pick(logits, uniforms[:, step], temperature, top_p)  # (rows,)
-        values = tokens.tolist()
-        drawn = enumerate(zip(alive.tolist(), values))
-        yield [pair for row, pair in drawn if row not in finished]
-        finished.update(row for row, token in enumerate(values) if token in eos_ids)
+        drawn = list(zip(alive.tolist(), tokens.tolist()))
+        yield [pair for row, pair in enumerate(drawn) if row not in finished]
+        finished.update(row for row, (_, token) in enumerate(drawn) if token in eos_ids)
         rows = len(alive) - len(finished)
         if rows == 0 or step + 1 == max_new_tokens:
             return
         # A graph has to be made again for fewer rows, so there the batch waits to be half empty.
-        if finished and (not fixed or 2 * rows <= len(alive)):
+        if finished and (not use_graph or 2 * rows <= len(alive)):
             holes = [row for row in sorted(finished) if row < rows]
             fillers = sorted(set(range(rows, len(alive))) - finished)
             for layer in cache.layers:
-                layer.keep(holes, fillers, rows)
-            state = mask, length, tokens, uniforms, alive
+                layer.compact(holes, fillers, rows)
+            state = mask, position, tokens, uniforms, alive
             for tensor in state:
                 tensor[holes] = tensor[fillers]
-            mask, length, tokens, uniforms, alive = (x[:rows] for x in state)
-            captured, finished = None, set()
-        if fixed:
-            captured = captured or CapturedStep(model, cache, mask)
-            logits = captured(tokens, length, columns + step)
+            mask, position, tokens, uniforms, alive = (x[:rows] for x in state)
+            graph_step, finished = None, set()
+        if use_graph:
+            graph_step = graph_step or CapturedStep(model, cache, mask)
+            logits = graph_step(tokens, position, columns + step)
         else:
             seen = mask[:, : columns + step + 1]
-            logits = next_logits(model, tokens[:, None], seen, length[:, None], cache)
-        length = length + 1
+            logits = next_logits(model, tokens[:, None], seen, position[:, None], cache)
+        position = position + 1
 
 
 def peak_memory(device, reset: bool = False) -> float:
@@ -560,8 +569,8 @@ def generate(
 
     Sequence (question, sample) draws from its own uniforms, made from (seed, keys[question],
     sample); keys are the prompts' numbers 0, 1, ... unless given. So in float32 the same seed
-    gives the same samples whatever the batch size. In bfloat16 the rounding of a matrix product
-    depends on the batch's shape, which still changes a few per cent of the tokens.
+    gives the same samples whatever the batch size (but for a tie within rounding). In bfloat16 the
+    rounding of a matrix product depends on the batch's shape, and changes a few per cent of them.
 
     Batches are sorted by length and hold at most token_budget columns x rows with every response
     at full length; out of memory halves it and the unfinished go again. on_done(prompt index,

@@ -45,7 +45,7 @@ PAPER_DEFAULTS = dict(lr=1e-6, batch_size=64, checkpointing=True)
 
 
 def choose_kinds(count: int, structure: float, seed: int) -> list[str]:
-    """ "full" for a random share `structure` of the questions, "prefix" for the others (3.3)."""
+    """Per question: "full" for a random share `structure` of them, else "prefix" (section 3.3)."""
     # [1, seed] here and [2, seed, epoch] in `batches`: NumPy pads seeds with zeros, so seed and
     # [seed, 0] would be ONE stream, and the first batches would hold all the full traces.
     full = set(np.random.default_rng([1, seed]).permutation(count)[: round(structure * count)])
@@ -107,7 +107,7 @@ def completion_text(row: dict) -> str | None:
     text = row.get("completion")
     if isinstance(text, list) and text and isinstance(text[-1], dict):
         text = text[-1].get("content")
-    return text if isinstance(text, str) else None
+    return text if sample.is_text(text) else None
 
 
 def check_sample(row: dict) -> str | None:
@@ -117,7 +117,7 @@ def check_sample(row: dict) -> str | None:
     if "response_ids" in row:  # made here
         usable = {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
         usable = usable and all(isinstance(i, int) and i >= 0 for i in ids)
-    if not isinstance(row.get("question"), str) or not usable:
+    if not sample.is_text(row.get("question")) or not usable:
         return 'needs "question" and "completion", or the fields of samples.jsonl'
     if not isinstance(row.get("finished", True), bool):
         return f'"finished" is {row["finished"]!r}, not true or false'
@@ -238,8 +238,8 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
     return (1 / (lengths * len(batch))).repeat_interleave(lengths)
 
 
-# Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100). Now
-# there is no mask, but that has not been tried, and the others cost 1 % of a step of a 7B.
+# Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100).
+# Whether it is without one, as here, is not known, and the others cost 1 % of a step of a 7B.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""
@@ -250,6 +250,9 @@ def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> floa
         loss.backward()
         total += loss.item()
     return total
+
+
+BETAS, EPS = (0.9, 0.95), 1e-8  # of Adam
 
 
 class SplitAdamW:
@@ -263,8 +266,8 @@ class SplitAdamW:
     follow a decay of 0.999.
     """
 
-    def __init__(self, parameters, betas=(0.9, 0.95), eps=1e-8):
-        self.parameters, self.betas, self.eps, self.steps = list(parameters), betas, eps, 0
+    def __init__(self, parameters):
+        self.parameters, self.steps = list(parameters), 0
         zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype).view(-1) for p in self.parameters]
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
         device = self.parameters[0].device.type
@@ -293,14 +296,14 @@ class SplitAdamW:
         self.steps += 1
         device = self.parameters[0].device
         # As tensors, because a compiled update would be compiled again for another number.
-        rate = torch.tensor(lr / (1 - self.betas[0] ** self.steps), device=device)
-        correction = torch.tensor(1 - self.betas[1] ** self.steps, device=device)
+        rate = torch.tensor(lr / (1 - BETAS[0] ** self.steps), device=device)
+        correction = torch.tensor(1 - BETAS[1] ** self.steps, device=device)
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
             if p.grad is None:
                 continue
             tensors = (p.view(-1), p.grad.view(-1), *state)
             for part in zip(*(t.split(self.chunk) for t in tensors)):
-                self.update(*part, rate, correction, *self.betas, self.eps)
+                self.update(*part, rate, correction)
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
@@ -314,14 +317,14 @@ class SplitAdamW:
         self.steps = state["steps"]
 
 
-def split_adamw(weight, grad, lost, m, v, rate, correction, beta1, beta2, eps) -> None:
-    """One step of some weights, in place; rate: lr over m's bias, correction: that of v."""
+def split_adamw(weight, grad, lost, m, v, rate, correction) -> None:
+    """Step n of some weights, in place; rate: lr / (1 - beta1^n), correction: 1 - beta2^n."""
     grad = grad.float()
-    mean = m.float().lerp_(grad, 1 - beta1)
-    square = v.float().lerp_(grad.square_(), 1 - beta2)
+    mean = m.float().lerp_(grad, 1 - BETAS[0])
+    square = v.float().lerp_(grad.square_(), 1 - BETAS[1])
     m.copy_(mean)
     v.copy_(square)
-    size = square.div_(correction).sqrt_().add_(eps)
+    size = square.div_(correction).sqrt_().add_(EPS)
     master = SplitAdamW.join(weight, lost).addcdiv_(mean.mul_(rate), size, value=-1)
     upper, lower = SplitAdamW.split(master)
     weight.copy_(upper)
@@ -332,7 +335,7 @@ class Float32AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW (one pass over the weights) for float32 weights, no weight decay."""
 
     def __init__(self, parameters):
-        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        super().__init__(parameters, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
 
     def step(self, lr: float) -> None:
         """One update of all weights from their .grad."""
@@ -475,6 +478,8 @@ def parse_arguments(argv=None):
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
     check_arguments(args)
+    if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():
+        args.eval_data = args.data
     return args
 
 
@@ -493,8 +498,6 @@ def check_arguments(args) -> None:
         raise InputError("--samples-from takes samples as they are: filter them before")
     if args.resume and not args.out:
         raise InputError("--resume needs --out, the folder of the run that was stopped")
-    if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():
-        args.eval_data = args.data
 
 
 def open_folder(args) -> Path:
@@ -525,13 +528,14 @@ def write_json(path: Path, value) -> None:
     write_jsonl(path, [value], indent=1)
 
 
-def get_samples(model, tokenizer, questions, args, folder: Path, metrics: dict) -> list[dict]:
-    """samples.jsonl, from disk where the run already made it."""
+def get_samples(model, tokenizer, questions, given, args, folder: Path, metrics) -> list[dict]:
+    """samples.jsonl: the samples that were given, or new ones; from disk where it already is."""
     path = folder / "samples.jsonl"
     if not path.exists():
-        rows, cost = questions, {"sampled_tokens": 0, "sampling_seconds": 0.0,
-                                 "questions": len(questions), "dropped_questions": 0}
-        if not args.samples_from:
+        if args.samples_from:
+            rows, cost = given, {"sampled_tokens": 0, "sampling_seconds": 0.0,
+                                 "questions": len(given), "dropped_questions": 0}
+        else:
             rows, cost = collect(model, tokenizer, questions, args, folder)
         if not rows:
             raise InputError("no sampled answer was right, so nothing is left to train on")
@@ -559,7 +563,8 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         if not sample.out_of_memory(error):
             raise
         raise InputError(f"training ran out of memory: lower --micro-batch (now "
-                         f"{args.micro_batch}), then --out {folder} --resume") from None
+                         f"{args.micro_batch}; at 1, take a smaller model), then --out {folder} "
+                         "--resume") from None
     seconds, processed = time.perf_counter() - started, args.epochs * sum(map(length, examples))
     metrics |= {
         "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
@@ -610,7 +615,7 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     if tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
         text += (f"\nCOLLAPSE: answers have shrunk from {base['mean_tokens']:.0f} to "
                  f"{tuned['mean_tokens']:.0f} tokens; the model has learned to stop, not to solve")
-    if tuned["no_answer"] + tuned["cut_off"] > base["no_answer"] + base["cut_off"] + 0.2:
+    if any(tuned[share] > base[share] + 0.2 for share in ("cut_off", "no_answer")):
         text += "\nCOLLAPSE: many answers are now cut off or hold no answer at all"
     return text
 
@@ -648,13 +653,14 @@ def main(argv=None):
     held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
+    whole = max(args.max_new_tokens, args.prefix)
     suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for rows, end in ((questions, suffix), (held_out, "")):
+    for rows, end, new in ((questions, "", whole), (questions, suffix, args.prefix + args.eos),
+                           (held_out, "", whole)):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
-        sample.check_length(model, prompts, max(args.max_new_tokens, args.prefix))
-    if args.samples_from:
-        questions = read_samples(tokenizer, args)
-        sample.check_length(model, [r["prompt_ids"] + r["response_ids"] for r in questions], 0)
+        sample.check_length(model, prompts, new)
+    given = read_samples(tokenizer, args) if args.samples_from else []
+    sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)
     folder = open_folder(args)
     print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
@@ -663,7 +669,7 @@ def main(argv=None):
         metrics = json.loads(record.read_text())
     if "paired" not in metrics:  # the run is not over
         metrics["resumed"] = args.resume
-    rows = get_samples(model, tokenizer, questions, args, folder, metrics)
+    rows = get_samples(model, tokenizer, questions, given, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)
     if not held_out:

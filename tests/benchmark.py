@@ -727,7 +727,7 @@ def random_prompts(number: int, extra: int = 0, fixed: int | None = None) -> lis
 
 def gpu_decode(args):
     """Bars: decode at 70 % of the limit by bytes for 7B at batch 1 and 32, 50 % for 0.5B."""
-    short, long = (2, 6) if args.smoke else (8, 72)
+    short, long = (2, 66) if args.smoke else (8, 72)
     for shape in QWEN:
         model = build(shape, args)
         c = model.config

@@ -7,10 +7,11 @@
     python tests/reproduce.py ablations --seeds 0 1 2      # Figure 3 and further choices
     python tests/reproduce.py figures                      # pictures of all of it
 
-Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/runs,
-and what is already there is not made again: a stopped reproduction goes on. Two processes can share
-one <out> once its base is measured, with different --seeds; then run it once with all of them, for
-the table. (Their seconds are those of a shared machine.) Another world of data/make_tiny.py is
+Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/tables
+and <out>/ablations, and what is already there is not made again: a stopped reproduction goes on.
+Two processes can share one <out> once its base is measured, with different --seeds; then run it
+once with all of them, for the table. (Their seconds are those of a shared machine.) `tables
+--methods` without a name measures --model alone. Another world of data/make_tiny.py is
     --model out/world --data out/world/train.jsonl --eval-data out/world/test.jsonl
 """
 
@@ -47,6 +48,7 @@ ABLATIONS = {  # one flag away from the defaults: t = 8, p = 0.1, template, no E
     "token weighting": ["--weighting", "token"],
     **{f"T = {t}": ["--temperature", str(t)] for t in (0.3, 1.0)},
     **{f"lr = {lr}": ["--lr", lr] for lr in ("3e-6", "3e-5")},  # the miniature's is 1e-5
+    "4 epochs": ["--epochs", "4"],
 }
 
 
@@ -194,8 +196,8 @@ def measure(args, model_name, folder: Path) -> dict:
 
 
 def check_settings(args) -> None:
-    """InputError where <out>/runs holds runs of another model, other questions or other flags."""
-    record = args.out / "runs" / "settings.json"
+    """InputError where <out>/<command> holds runs of another model, or with other flags."""
+    record = args.out / args.command / "settings.json"
     names = ("model data eval_data eval_limit limit several solutions extra instruction "
              "max_new_tokens dtype seed").split()  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
@@ -211,7 +213,7 @@ def check_settings(args) -> None:
 
 def base_of(args) -> dict:
     """The model before, measured once."""
-    record = args.out / "runs" / "base" / "result.json"
+    record = args.out / args.command / "base" / "result.json"
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         upft.write_json(record, measure(args, args.model, record.parent))
@@ -219,8 +221,8 @@ def base_of(args) -> dict:
 
 
 def folder_of(args, variant: str, seed: int) -> Path:
-    """Where a fine-tuning run lies: "t = 8" of seed 0 in runs/t8-seed0."""
-    return args.out / "runs" / f"{variant.replace(' = ', '').replace(' ', '-')}-seed{seed}"
+    """Where a fine-tuning run lies: "t = 16" of seed 0 in ablations/t16-seed0."""
+    return args.out / args.command / f"{variant.replace(' = ', '').replace(' ', '-')}-seed{seed}"
 
 
 def run(args, variant: str, flags: list[str], seed: int) -> dict:
@@ -242,7 +244,8 @@ def run(args, variant: str, flags: list[str], seed: int) -> dict:
 
 def gains(args, folders: list[Path]) -> np.ndarray:
     """Tuned minus base, (runs, questions), of the greedy answers."""
-    base = evaluate.question_means(sample.read_jsonl(args.out / "runs/base/greedy.jsonl"))
+    path = args.out / args.command / "base/greedy.jsonl"
+    base = evaluate.question_means(sample.read_jsonl(path))
     return np.array([evaluate.question_means(sample.read_jsonl(f / "greedy.jsonl")) - base
                      for f in folders])  # fmt: skip
 
@@ -266,24 +269,27 @@ def compare(args, name: str, variants: dict) -> None:
     check_settings(args)
     base = base_of(args)
     rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base]),
-             "opening": opening(args, [args.out / "runs/base"])}]  # fmt: skip
+             "opening": opening(args, args.out / args.command / "base")}]  # fmt: skip
     for seed in args.seeds:  # seed by seed, so that a part of the whole can be looked at early
         for variant, flags in variants.items():
             run(args, variant, flags, seed)
+    folders = {v: [folder_of(args, v, seed) for seed in args.seeds] for v in variants}
+    values = {v: gains(args, folders[v]) for v in variants}
     for variant, flags in variants.items():
         results = [run(args, variant, flags, seed) for seed in args.seeds]
-        folders = [folder_of(args, variant, seed) for seed in args.seeds]
         accuracies = [r["greedy"]["accuracy"] for r in results]
-        values = gains(args, folders)
-        low, high = interval(values)
+        low, high = interval(values[variant])
+        shares = [opening(args, folder) for folder in folders[variant]]
         # A resumed run knows the seconds of its last part only.
         whole = [r for r in results if not r["resumed"]] or results
         mean = lambda key: float(np.mean([r[key] for r in whole]))
         rows.append({
             "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
             "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
-            "difference": float(values.mean()), "low": low, "high": high, **extras(results),
-            "opening": opening(args, folders),
+            "difference": float(values[variant].mean()), "low": low, "high": high,
+            **extras(results), "opening": float(np.mean(shares)), "openings": shares,
+            "above": {other: above(values[variant] - values[other])
+                      for other in METHODS if other in values and other != variant},
             **{key: mean(key) for key in ("sampled_tokens", "tuned_tokens", "processed_tokens",
                                           "sampling_seconds", "training_seconds")},
         })  # fmt: skip
@@ -294,9 +300,14 @@ def compare(args, name: str, variants: dict) -> None:
     save(args, name, {"model": args.model, "questions": base["greedy"]["n"], "rows": rows})
 
 
-def opening(args, folders: list[Path]) -> float:
+def above(values: np.ndarray) -> list[float]:
+    """[mean, low, high] of one variant minus another on the same seeds, (seeds, questions)."""
+    return [float(values.mean()), *interval(values)]
+
+
+def opening(args, folder: Path) -> float:
     """Share of the greedy answers whose beginning matches --opening."""
-    rows = [row for folder in folders for row in sample.read_jsonl(folder / "greedy.jsonl")]
+    rows = sample.read_jsonl(folder / "greedy.jsonl")
     return float(np.mean([bool(re.search(args.opening, row["text"][:100])) for row in rows]))
 
 
@@ -458,7 +469,7 @@ def main(argv=None):
     flag("--rollouts", type=int, default=32, help="from each start")
     flag("--lengths", type=int, nargs="+", help="values of t (default: powers of 2 up to 64)")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
-    flag("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of tables")
+    flag("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of tables")
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
     flag("--opening", default="gains first|by sorting|gains before",
          help="count the answers that begin so (default: the miniature's worse strategy)")

@@ -50,6 +50,7 @@ EQUAL = {
         (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"12\mbox{ inches}^2", "12"),
         (r"5\ \mathrm{m}", "5"), ("60 miles per hour", "60"), ("60 miles/hour", "60"),
         (r"5\,\frac{\text{m}}{\text{s}}", "5"), ("20 square units", "20"), ("5cm", "5"),
+        ("12 m", "12"), ("0.5 L", "0.5"), ("-3 s", "-3"),
         (r"480+480\sqrt{3}\text{ feet}", r"480(1+\sqrt{3})"), (r"9\pi \text{ sq. in.}", r"9\pi"),
         ("3.5 million", "3,500,000"), ("$2 billion", "2000000000"), ("$4 million", "4"),
         ("5 hours.", "5"),
@@ -151,6 +152,7 @@ DIFFERENT = [
     ("3 million", "30"), (r"3 \cdot 10^6", "3"), (r"11\frac12", r"\frac{11}{2}"), ("2 1/2", "1"),
     ("1,200", "1.2"),
     ("x_1", "x_2"), ("x_1", "x"), ("f(x)=x", "f(x)=2x"), ("9^{9^{9}}", "9^{9^{8}}"),
+    ("12 m", "12 h"), ("12m", "12"), ("12 m", "12 + m"),
     ("2^{3+4}", "127"), ("x^{3/2}", r"\sqrt{x}"), ("x^{-3/2}", r"\frac{\sqrt{x}}{x}"),
     ("2^{3-4}", "2^{4-3}"),
 ]
@@ -203,7 +205,8 @@ EXTRACTED = [
     # boxes that stay open: by the length limit, or by mistake
     (r"It is 6 * 20 = 120. So \boxed{12", "120"), (r"\boxed{7} and again \boxed{8", "7"),
     (r"\boxed{", None), (r"So $\boxed{42$ dollars.", "42"), ("\\boxed{42\nThat is all.", "42"),
-    (r"I get 5. \boxed{\frac{1}{2", "5"),
+    (r"I get 5. \boxed{\frac{1}{2", "5"), (r"It is 304. The answer is \boxed{30", "304"),
+    (r"It is 304. The answer is $\fbox{", "304"), (r"The answer is \boxed{", None),
     # hashes
     ("She has 3.\n#### 18", "18"), ("#### 1,200", "1200"), ("#### $5.00", "5"), ("####7", "7"),
     ("#### 5 apples", "5"), ("#### 4\n#### 6\nthe end, 9", "6"), ("#### -3", "-3"),

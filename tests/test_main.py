@@ -407,11 +407,21 @@ def summary(**changes):
     (summary(), -0.01, "within noise"),
     (summary(mean_tokens=9.0), -0.01, "COLLAPSE: answers have shrunk from 100 to 9 tokens"),
     (summary(no_answer=0.9), -0.01, "COLLAPSE: many answers"),
+    (summary(no_answer=0.15, cut_off=0.15), -0.01, "within noise"),  # the same 15 %, not 30
 ])
 def test_the_verdict_says_noise_and_collapse_in_plain_words(tuned, low, words):
     paired = {"difference": 0.03, "low": low, "high": 0.06, "p": 0.01}
     text = upft.verdict(summary(), tuned, paired)
     assert words in text and ("COLLAPSE" in words or "COLLAPSE" not in text)
+
+
+def test_a_prompt_with_the_task_template_needs_room_for_a_prefix_only(tmp_path):
+    """The longest training prompt with a whole response just fits; the template adds 25 tokens."""
+    _, tokenizer = sample.load_model("tiny")
+    rows = read_jsonl(DATA / "tiny/train.jsonl")[:40]
+    room = 512 - max(len(sample.prompt_ids(tokenizer, row["question"])) for row in rows)
+    metrics = run_upft(tmp_path / "run", "--max-new-tokens", str(room), "--eval-data", "")
+    assert metrics["examples"] == 40
 
 
 def test_the_table_and_token_weighting_through_the_command_line(tmp_path, finished, capsys):
@@ -435,7 +445,7 @@ def test_out_of_memory_in_training_says_what_to_do_and_keeps_the_samples(tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(upft, "backward", too_large)
-    told = "lower --micro-batch .now 16., then --out .* --resume"
+    told = "lower --micro-batch .now 16; .*then --out .* --resume"
     with pytest.raises(sample.InputError, match=told):
         run_upft(tmp_path / "run", "--eval-limit", "1")
     monkeypatch.undo()
@@ -466,7 +476,8 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     assert [r["finished"] for r in rows] == [False, False, True, False]
     assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[2]["prompt"] == rows[3]["prompt"]
     for wrong in ({}, {"completion": ["text"]}, {"completion": text, "response_ids": [1]},
-                  {"completion": [{"role": "assistant", "content": ""}]}):
+                  {"completion": [{"role": "assistant", "content": ""}]},
+                  {"completion": "\ud800"}, {"completion": text, "question": "\ud800"}):
         file.write_text(json.dumps({"question": "How many?"} | wrong))
         with pytest.raises(InputError, match='line 1: needs "question" and "completion"'):
             run_upft(tmp_path / "bad", "--samples-from", str(file))

@@ -67,15 +67,24 @@ def test_tables_go_on_and_figures_are_drawn_from_them(reproduce, tmp_path, capsy
     assert tuned["difference"] == pytest.approx(tuned["accuracy"] - base["accuracy"])
     assert len(tuned["seeds"]) == 2 and rft["sampled_tokens"] > 5 * tuned["sampled_tokens"]
     assert base["log_likelihood"] < 0 and tuned["log_likelihood"] != base["log_likelihood"]
-    flags[1] = str(tmp_path / "more")
+    assert np.mean(tuned["openings"]) == pytest.approx(tuned["opening"])
+    # RFT minus UPFT on the same seeds and questions.
+    assert rft["above"]["upft"][0] == pytest.approx(rft["difference"] - tuned["difference"])
+    model = str(tmp_path / "tables/upft-seed0/model")  # a finished model alone
+    reproduce.main(["tables", "--methods", "--model", model, "--eval-limit", "6", "--several", "0",
+                    "--out", str(tmp_path / "alone")])  # fmt: skip
+    [row] = json.loads((tmp_path / "alone/tables.json").read_text())["rows"]
+    assert row["accuracy"] == tuned["seeds"][0]
+    # Beside the tables, whose runs had other flags.
+    flags[flags.index("--several") + 1] = "0"
     reproduce.main(["ablations", *flags, "--seeds", "0", "--only", "upft", "eos"])
     monkeypatch.setattr(reproduce.upft, "main", None)  # what is there is not made again
     reproduce.main(["ablations", *flags, "--seeds", "0", "--only", "eos"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match="--eval-limit differ from the runs"):
-        reproduce.main(["tables", *flags, "--eval-limit", "7"])
+        reproduce.main(["ablations", *flags, "--eval-limit", "7"])
     capsys.readouterr()
-    reproduce.main(["figures", "--out", str(tmp_path / "more")])
+    reproduce.main(["figures", "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     assert "pip install matplotlib" in shown and "eos" in shown and "#" in shown
 
