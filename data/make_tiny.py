@@ -3,7 +3,7 @@
 Makes the embedded miniature in data/tiny/ from nothing and without network: a Llama-architecture
 language model of 0.9 million parameters (float32, 3.6 MB), its tokenizer, and its questions: 2,000
 for training, 500 for development, 2,000 for the test. Everything follows from the seed. It takes
-about 12 minutes on one core (two seeds at a time on two cores: OMP_NUM_THREADS=1).
+8 to 12 minutes on one core (two seeds at a time on two cores: OMP_NUM_THREADS=1).
 
 The world
     A story names a start value, 3 or 4 changes (two-digit gains and losses) and a price, and asks
