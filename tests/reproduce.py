@@ -147,6 +147,7 @@ def openings(args):
                 for q, [ids] in zip(questions, drawn)]  # fmt: skip
         free = free or rows
         row = {"opening": text, **evaluate.summarize(rows), "paired": evaluate.compare(free, rows)}
+        row["paired"] |= {name: len(row["paired"][name]) for name in ("won", "lost")}
         row["begin so"] = np.mean([r["text"].startswith(text) for r in free])
         found.append(row)
         low, high = (100 * row["paired"][end] for end in ("low", "high"))

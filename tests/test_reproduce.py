@@ -105,7 +105,7 @@ def test_openings_are_written_before_every_answer(reproduce, tmp_path, monkeypat
     assert [r["begin so"] for r in (free, same)] == [1, 1] and forced["begin so"] < 1
     assert graded[:8] == graded[8:16] and free["mean_tokens"] == same["mean_tokens"]
     assert all(text.startswith("Let's solve this in order. ") for text in graded[16:])
-    assert same["paired"]["won"] == same["paired"]["lost"] == []
+    assert same["paired"]["won"] == same["paired"]["lost"] == 0
 
 
 def test_the_figures_of_the_repository_can_be_drawn_as_text(reproduce, capsys, monkeypatch):
