@@ -397,7 +397,7 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
     """One token id for each row of logits (B, V): argmax at temperature 0, else inverse CDF.
 
     uniforms: (B,) float64 in [0, 1). Row b gets the first token whose cumulative probability
-    exceeds uniforms[b]. In three lines that would be
+    exceeds uniforms[b]. In two lines that would be
         upto = softmax(logits / temperature).double().cumsum(-1)
         return (upto <= uniforms[:, None] * upto[:, -1:]).sum(-1)
     but a CPU is slow at a running sum (or an argmax) over a whole vocabulary. So both search among

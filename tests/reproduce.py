@@ -198,7 +198,7 @@ def measure(args, model_name, folder: Path) -> dict:
 
 def check_settings(args) -> None:
     """InputError where <out>/<command> holds runs of another model, or with other flags."""
-    record = args.out / args.command / "settings.json"
+    record = args.runs / "settings.json"
     names = ("model data eval_data eval_limit limit several solutions extra instruction "
              "max_new_tokens dtype seed").split()  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
@@ -214,7 +214,7 @@ def check_settings(args) -> None:
 
 def base_of(args) -> dict:
     """The model before, measured once."""
-    record = args.out / args.command / "base" / "result.json"
+    record = args.runs / "base" / "result.json"
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         upft.write_json(record, measure(args, args.model, record.parent))
@@ -223,7 +223,7 @@ def base_of(args) -> dict:
 
 def folder_of(args, variant: str, seed: int) -> Path:
     """Where a fine-tuning run lies: "t = 16" of seed 0 in ablations/t16-seed0."""
-    return args.out / args.command / f"{variant.replace(' = ', '').replace(' ', '-')}-seed{seed}"
+    return args.runs / f"{variant.replace(' = ', '').replace(' ', '-')}-seed{seed}"
 
 
 def run(args, variant: str, flags: list[str], seed: int) -> dict:
@@ -245,8 +245,7 @@ def run(args, variant: str, flags: list[str], seed: int) -> dict:
 
 def gains(args, folders: list[Path]) -> np.ndarray:
     """Tuned minus base, (runs, questions), of the greedy answers."""
-    path = args.out / args.command / "base/greedy.jsonl"
-    base = evaluate.question_means(sample.read_jsonl(path))
+    base = evaluate.question_means(sample.read_jsonl(args.runs / "base/greedy.jsonl"))
     return np.array([evaluate.question_means(sample.read_jsonl(f / "greedy.jsonl")) - base
                      for f in folders])  # fmt: skip
 
@@ -265,12 +264,17 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean() - square**0.5), float(values.mean() + square**0.5)
 
 
+def with_interval(values: np.ndarray) -> list[float]:
+    """[mean, low, high] of (seeds, questions)."""
+    return [float(values.mean()), *interval(values)]
+
+
 def compare(args, name: str, variants: dict) -> None:
     """Run every variant with every seed, print a row for each, save them as <name>.json."""
     check_settings(args)
     base = base_of(args)
     rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base]),
-             "opening": opening(args, args.out / args.command / "base")}]  # fmt: skip
+             "opening": opening(args, args.runs / "base")}]  # fmt: skip
     for seed in args.seeds:  # seed by seed, so that a part of the whole can be looked at early
         for variant, flags in variants.items():
             run(args, variant, flags, seed)
@@ -279,7 +283,7 @@ def compare(args, name: str, variants: dict) -> None:
     for variant, flags in variants.items():
         results = [run(args, variant, flags, seed) for seed in args.seeds]
         accuracies = [r["greedy"]["accuracy"] for r in results]
-        low, high = interval(values[variant])
+        difference, low, high = with_interval(values[variant])
         shares = [opening(args, folder) for folder in folders[variant]]
         # A resumed run knows the seconds of its last part only.
         whole = [r for r in results if not r["resumed"]] or results
@@ -287,9 +291,9 @@ def compare(args, name: str, variants: dict) -> None:
         rows.append({
             "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
             "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
-            "difference": float(values[variant].mean()), "low": low, "high": high,
-            **extras(results), "opening": float(np.mean(shares)), "openings": shares,
-            "above": {other: above(values[variant] - values[other])
+            "difference": difference, "low": low, "high": high, **extras(results),
+            "opening": float(np.mean(shares)), "openings": shares,
+            "above": {other: with_interval(values[variant] - values[other])
                       for other in METHODS if other in values and other != variant},
             **{key: mean(key) for key in ("sampled_tokens", "tuned_tokens", "processed_tokens",
                                           "sampling_seconds", "training_seconds")},
@@ -299,11 +303,6 @@ def compare(args, name: str, variants: dict) -> None:
     print(f"seeds {args.seeds}; {base['greedy']['n']} questions; the intervals are over seeds and "
           "questions; mean@8, maj@8 and pass@8 at temperature 0.6")  # fmt: skip
     save(args, name, {"model": args.model, "questions": base["greedy"]["n"], "rows": rows})
-
-
-def above(values: np.ndarray) -> list[float]:
-    """[mean, low, high] of one variant minus another on the same seeds, (seeds, questions)."""
-    return [float(values.mean()), *interval(values)]
 
 
 def opening(args, folder: Path) -> float:
@@ -484,6 +483,7 @@ def main(argv=None):
     sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     sample.fill_defaults(args)
+    args.runs = args.out / args.command  # of fine-tuning
     args.samples = args.samples or (64 if args.command == "coverage" else 16)
     args.lengths = args.lengths or [0] * (args.command == "rollouts") + [2**k for k in range(7)]
     if min(args.lengths) < 0:
