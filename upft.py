@@ -239,7 +239,7 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
 
 
 # Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100).
-# Whether it is without one, as here, is not known, and the others cost 1 % of a step of a 7B.
+# Whether it is without one, as here, is not known, and the others are as fast.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""

@@ -188,6 +188,21 @@ def arithmetic(model, tokens, logits, passes=2) -> float:
 # ---- the peer: transformers' generate --------------------------------------------------------
 
 
+def norms(model, fused: bool) -> None:
+    """On a GPU: the norms that sample.load_model makes for us, or the library's for a peer."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            vars(module).pop("forward", None)
+    if fused and model.device.type == "cuda":
+        sample.fuse_norms(model)
+
+
+def our_generate(model, prompts, **options):
+    """sample.generate with the model as sample.load_model makes it."""
+    norms(model, fused=True)
+    return sample.generate(model, prompts, **options)
+
+
 def library(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=True, ordered=False):
     """model.generate in batches of `size`; returns per prompt its n responses, up to EOS.
 
@@ -195,6 +210,7 @@ def library(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=Tru
     the same. full=False: exactly `tokens` tokens, as a prefix is.
     """
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    norms(model, fused=False)
     config = GenerationConfig(
         max_new_tokens=tokens, min_new_tokens=None if full else tokens, num_return_sequences=n,
         eos_token_id=sorted(eos) or None, pad_token_id=0, repetition_penalty=1.0,
@@ -251,7 +267,7 @@ def prefix_sampling(args):
     eos, t, number = sample.stop_ids(model, tokenizer), args.prefix, len(prompts)
 
     def ours():
-        sample.generate(model, prompts, max_new_tokens=t, temperature=0.6, eos_ids=eos)
+        our_generate(model, prompts, max_new_tokens=t, temperature=0.6, eos_ids=eos)
         return number
 
     def peer(size, ordered):
@@ -282,7 +298,7 @@ def full_traces(args):
         kept = {}
 
         def ours():
-            kept["ours"] = sample.generate(model, prompts, temperature=temperature, **options)
+            kept["ours"] = our_generate(model, prompts, temperature=temperature, **options)
             return count(kept["ours"])
 
         def peer(size):
@@ -309,8 +325,8 @@ def many_samples(args):
     eos, length, n = sample.stop_ids(model, tokenizer), args.max_new_tokens, 16
 
     def ours():
-        return count(sample.generate(model, prompts, max_new_tokens=length, temperature=0.6, n=n,
-                                     eos_ids=eos))  # fmt: skip
+        return count(our_generate(model, prompts, max_new_tokens=length, temperature=0.6, n=n,
+                                  eos_ids=eos))  # fmt: skip
 
     def peer(size):
         return lambda: count(library(model, prompts, size, eos, length, temperature=0.6, n=n))
@@ -349,6 +365,7 @@ def make_optimizer(model):
 
 def our_step(model, batch, optimizer, args, weighting="example", lr=1e-6) -> float:
     """One update as upft.train makes it; returns the loss."""
+    norms(model, fused=True)
     loss = upft.backward(model, batch, args.micro_batch, weighting)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     assert math.isfinite(norm), f"gradient norm {norm}"
@@ -359,6 +376,7 @@ def our_step(model, batch, optimizer, args, weighting="example", lr=1e-6) -> flo
 
 def plain_step(model, batch, optimizer, args, lr=1e-6) -> float:
     """What a first own loop looks like: right padding, file order, logits of every position."""
+    norms(model, fused=False)
     total, loss_sum = sum(len(e["response"]) for e in batch), 0.0
     for at in range(0, len(batch), args.micro_batch):
         piece = batch[at : at + args.micro_batch]
@@ -433,7 +451,7 @@ def report_training(model, batch, kind, bar, seconds, losses) -> None:
                 note=f"difference {gap:.1e}")  # fmt: skip
 
 
-def trl_steps(model, tokenizer, batch, args, seconds, after_each) -> float:
+def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False) -> float:
     """Add the seconds of --repeats steps of TRL's SFTTrainer on exactly these ids; its first loss.
 
     Timed from on_step_begin to on_step_end, so neither startup nor collation counts; the first
@@ -450,6 +468,8 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each) -> float:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
+            if not liger:  # which has norms of its own
+                norms(model, fused=False)
             wait(model.device)
             clock.append(time.perf_counter())
 
@@ -473,7 +493,7 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each) -> float:
             learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch_fused",
             adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, bf16=False, max_length=None,
             use_cpu=model.device.type == "cpu", dataloader_pin_memory=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_liger_kernel=liger,
         )  # fmt: skip
         mask = lambda e: [0] * len(e["prompt"]) + [1] * len(e["response"])
         rows = [{"input_ids": e["prompt"] + e["response"], "completion_mask": mask(e)}
@@ -485,7 +505,7 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each) -> float:
             assert [x for x in row["labels"] if x != -100] == e["response"], "TRL changed the mask"
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    del model.forward  # TRL put its own in front of the class's
+    vars(model).pop("forward", None)  # TRL put its own in front of the class's
     return float(sum(losses[: config.gradient_accumulation_steps]))
 
 
@@ -725,54 +745,73 @@ def random_prompts(number: int, extra: int = 0, fixed: int | None = None) -> lis
     return [generator.integers(3, 500, fixed or n).tolist() for n in lengths]
 
 
+def decoding(args, rows: int) -> tuple[list[list[int]], int, int]:
+    """Prompts of one length, and the numbers of new tokens of a short and of a long run."""
+    short, long = (2, 66) if args.smoke else (8, 72)
+    return random_prompts(rows, fixed=32 if args.smoke else 128), short, long
+
+
+def decoding_speed(args, rows: int, call) -> float:
+    """Steps a second of call(prompts, new tokens): prefill and start-up are left out, because
+    what counts is the difference of a long and a short run."""
+    prompts, short, long = decoding(args, rows)
+    call(prompts, short), call(prompts, long)
+    fastest = lambda t: min(timed(lambda: call(prompts, t), args.device) for _ in range(2))
+    a, b = fastest(short), fastest(long)
+    return (long - short) / (b - a)
+
+
+def decoding_limit(args, model, rows: int) -> tuple[float, float]:
+    """Steps a second at the copy rate, and the GiB of weights and cache that a step reads."""
+    (prompt, *_), short, long = decoding(args, rows)
+    c = model.config
+    tables = 0 if c.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    held = sum(p.numel() for p in model.parameters()) - tables  # looked up, not read
+    head_dim = c.hidden_size // c.num_attention_heads
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * rows
+    size = (held + cache * (len(prompt) + (short + long) / 2)) * model.dtype.itemsize
+    return FACTS["copy GB/s (read + write)"] * 1e9 / size, size / 2**30
+
+
 def gpu_decode(args):
     """Bars: decode at 70 % of the limit by bytes for 7B at batch 1 and 32, 50 % for 0.5B."""
-    short, long = (2, 66) if args.smoke else (8, 72)
     for shape in QWEN:
         model = build(shape, args)
-        c = model.config
+        draw = lambda p, t: our_generate(model, p, max_new_tokens=t, token_budget=10**6)
         for rows in (1, 4) if args.smoke else (1, 32, 256):
-            prompts = random_prompts(rows, fixed=32 if args.smoke else 128)
-            budget = rows * (len(prompts[0]) + long)
-
-            def rate(call):
-                # The difference of a long and a short run leaves prefill and start-up out.
-                call(short), call(long)
-                fastest = lambda t: min(timed(lambda: call(t), args.device) for _ in range(2))
-                a, b = fastest(short), fastest(long)
-                return (long - short) / (b - a)
-
-            draw = lambda t: sample.generate(model, prompts, max_new_tokens=t, token_budget=budget)
-            ours, peer = rate(draw), rate(lambda t: library(model, prompts, rows, (), t))
-            tables = 0 if c.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-            held = sum(p.numel() for p in model.parameters()) - tables  # looked up, not read
-            head_dim = c.hidden_size // c.num_attention_heads
-            cache = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * rows
-            cache *= len(prompts[0]) + (short + long) / 2
-            size = (held + cache) * model.dtype.itemsize
-            limit = FACTS["copy GB/s (read + write)"] * 1e9 / size
+            ours = decoding_speed(args, rows, draw)
+            peer = decoding_speed(args, rows, lambda p, t: library(model, p, rows, (), t))
+            limit, size = decoding_limit(args, model, rows)
             bar = {"7B": 0.7 if rows < 256 else None, "0.5B": 0.5}.get(shape)
             add(f"decode {shape}, batch {rows}", ours, "steps/s", peer, "generate", [ours / peer],
                 f">= {bar:.0%} limit" if bar else "", bar and ours >= bar * limit, limit,
-                f"{ours / limit:.0%} of the limit ({size / 2**30:.2f} GiB a step)")  # fmt: skip
-        del model
+                f"{ours / limit:.0%} of the limit ({size:.2f} GiB a step)")  # fmt: skip
+        del model, draw
 
 
 def gpu_compile(args):
-    """What torch.compile of the library's model would add to a captured step, and what it costs."""
+    """What torch.compile of norms, MLPs and rotary positions would add to a captured step."""
     for shape in ("0.5B", "7B"):
-        model, t = build(shape, args), 6 if args.smoke else 72
-        prompts = random_prompts(1, fixed=32 if args.smoke else 128)
-        rate = lambda: 1 / best(lambda: sample.generate(model, prompts, max_new_tokens=t),
-                                args.device)  # fmt: skip
-        before = rate()
-        usual, compiled = model.forward, torch.compile(model.forward, dynamic=False)
-        model.forward = lambda ids, **more: (compiled if ids.shape[1] == 1 else usual)(ids, **more)
-        cost = timed(rate, args.device)
-        after = rate()
-        add(f"{t} tokens of {shape}, compiled", after, "prompts/s", before, "graph alone",
-            [after / before], note=f"compiling took {cost:.0f} s")  # fmt: skip
-        del model, usual, compiled
+        model = build(shape, args)
+        library_code = sys.modules[type(model).__module__]
+        norms(model, fused=True)
+        draw = lambda p, t: sample.generate(model, p, max_new_tokens=t, token_budget=10**6)
+        sizes = (1, 4) if args.smoke else (1, 32, 256)
+        before = [decoding_speed(args, rows, draw) for rows in sizes]
+        norms(model, fused=False)
+        for module in model.modules():
+            if type(module).__name__.endswith(("RMSNorm", "MLP")):
+                module.compile(dynamic=True)
+        usual = library_code.apply_rotary_pos_emb
+        library_code.apply_rotary_pos_emb = torch.compile(usual, dynamic=True)
+        cost = timed(lambda: draw(random_prompts(2), 8), args.device)
+        for rows, without in zip(sizes, before):
+            speed, (limit, _) = decoding_speed(args, rows, draw), decoding_limit(args, model, rows)
+            add(f"decode {shape}, batch {rows}, compiled", speed, "steps/s", without, "as it is",
+                [speed / without], limit=limit,
+                note=f"{speed / limit:.0%} of the limit; compiling took {cost:.0f} s")  # fmt: skip
+        library_code.apply_rotary_pos_emb = usual
+        del model, draw
 
 
 def gpu_prefill(args):
@@ -780,7 +819,7 @@ def gpu_prefill(args):
     model = build("7B", args)
     prompts = random_prompts(16 if args.smoke else 1024)
     for t in (1, args.prefix):
-        call = lambda: sample.generate(model, prompts, max_new_tokens=t, temperature=0.6)
+        call = lambda: our_generate(model, prompts, max_new_tokens=t, temperature=0.6)
         call()
         seconds = statistics.median(timed(call, args.device) for _ in range(args.repeats))
         tokens = sum(map(len, prompts)) + (t - 1) * len(prompts)
@@ -799,17 +838,23 @@ def random_examples(number: int, prefix: int, full: int, trace: int) -> list[dic
             for p, (kind, n) in zip(prompts, sizes)]  # fmt: skip
 
 
-def gpu_train_7b(args):
-    """Bars: 7B, all weights, batch 64: peak under 75 GiB, 40 % of the matmul peak; beside TRL."""
+def prepared(args):
+    """A 7B in training mode, 64 prefix examples, our optimiser, and our seconds a step."""
     model = build("7B", args)
     batch = random_examples(8 if args.smoke else 64, args.prefix, 0, 0)
-    tokens, number = sum(map(upft.length, batch)), sum(p.numel() for p in model.parameters())
     upft.enable_checkpointing(model)
     model.train()
     optimizer = make_optimizer(model)
     step = lambda: our_step(model, batch, optimizer, args)
     step()
     ours = statistics.median(timed(step, args.device) for _ in range(args.repeats))
+    return model, batch, optimizer, ours
+
+
+def gpu_train_7b(args):
+    """Bars: 7B, all weights, batch 64: peak under 75 GiB, 40 % of the matmul peak; beside TRL."""
+    model, batch, optimizer, ours = prepared(args)
+    tokens, number = sum(map(upft.length, batch)), sum(p.numel() for p in model.parameters())
     update = timed_update(model, optimizer, args)
     share = arithmetic(model, tokens, args.prefix * len(batch), passes=6) / ours
     limit = 6 * number * tokens / FACTS[f"{str(model.dtype)[6:]} GFLOP/s"] / 1e9
@@ -821,7 +866,7 @@ def gpu_train_7b(args):
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         add("  its peak memory", peak, "GiB", bar="< 75", met=peak < 75)
-    optimizer = step = None  # both do not fit
+    optimizer = None  # both do not fit
     gpu_train_peers(model, batch, args, ours, tokens)
 
 
@@ -852,6 +897,22 @@ def gpu_train_peers(model, batch, args, ours: float, tokens: int) -> None:
                 statistics.median(ratios) >= 1.3)  # fmt: skip
 
 
+def gpu_liger(args):
+    """Beside TRL with Liger's kernels (pip install liger-kernel). The last: it patches the library."""
+    model, batch, optimizer, ours = prepared(args)
+    optimizer, seconds = None, []
+    gc.collect()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(sample.TINY)
+        trl_steps(model, tokenizer, batch, args, seconds, lambda: None, liger=True)
+    except ImportError as error:
+        return print(f"TRL with Liger is left out: {error}")
+    tokens, ratios = sum(map(upft.length, batch)), [s / ours for s in seconds]
+    add(f"training step 7B, {len(batch)} prefixes", tokens / ours, "tokens/s",
+        tokens / statistics.median(seconds), "TRL with Liger kernels", ratios, ">= 1.3",
+        statistics.median(ratios) >= 1.3)  # fmt: skip
+
+
 def timed_update(model, optimizer, args) -> float:
     """Seconds of the optimiser's pass alone."""
     for p in model.parameters():
@@ -866,7 +927,7 @@ def gpu_run(args):
     number, trace, t = (16, 8, 4) if args.smoke else (1000, 300, 32)
     model = build("7B", args)
     prompts, full = random_prompts(number), number // 10
-    draw = lambda rows, n: sample.generate(model, rows, max_new_tokens=n, temperature=0.6)
+    draw = lambda rows, n: our_generate(model, rows, max_new_tokens=n, temperature=0.6)
     draw(prompts[:8], 2)
     sampling = timed(lambda: (draw(prompts[full:], t), draw(prompts[:full], trace)), args.device)
     examples = random_examples(number, t, full, trace)
@@ -891,7 +952,7 @@ ARMS = {
     "train-step": train_step, "optimizer": optimizer_pass, "optimizer-noise": optimizer_noise,
     "upft-vs-rft": upft_vs_rft, "main-job": main_job, "growth": growth, "profile": profile,
     "gpu-decode": gpu_decode, "gpu-compile": gpu_compile, "gpu-prefill": gpu_prefill,
-    "gpu-train-7b": gpu_train_7b, "gpu-run": gpu_run,
+    "gpu-train-7b": gpu_train_7b, "gpu-run": gpu_run, "gpu-liger": gpu_liger,
 }  # fmt: skip
 
 
@@ -933,11 +994,11 @@ def main():
     print("\n" + head())
     for name in chosen:
         ARMS[name](args)
+        if args.out:  # after each arm, so that one that fails loses nothing
+            Path(args.out).write_text(json.dumps({"machine": FACTS, "rows": ROWS}, indent=1) + "\n")
     print("\n" + "\n".join([head(), *map(line, ROWS)]))
     if any(r["met"] is None and r["bar"] for r in ROWS):
         print("a bar without a verdict was not judged: --smoke, or no fast bfloat16 here")
-    if args.out:
-        Path(args.out).write_text(json.dumps({"machine": FACTS, "rows": ROWS}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

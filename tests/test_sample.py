@@ -142,6 +142,27 @@ def test_a_graph_gives_the_same_tokens(family, monkeypatch):
             assert generate(model, prompts, **options) == captured
 
 
+@pytest.mark.parametrize("family, norms", dict(llama=5, qwen2=5, qwen3=9, gemma=0, gpt2=0).items())
+def test_fused_norms_compute_what_the_library_does(family, norms):
+    model = small_model(family)
+    for parameter in model.parameters():  # else every norm's weight is 1
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    fused = copy.deepcopy(model)
+    sample.fuse_norms(fused)
+    assert sum("forward" in vars(module) for module in fused.modules()) == norms
+    twin = copy.deepcopy(fused)  # a copy has to go on with its own weights
+    for parameter in fused.parameters():
+        parameter.data.zero_()
+    ids, grads = torch.randint(1, 97, (3, 9)), []
+    for m in (model, twin):
+        grads.append([g for g in torch.autograd.grad(m(ids).logits.logsumexp(-1).sum(),
+                                                     list(m.parameters()), allow_unused=True)])
+    assert torch.allclose(model(ids).logits, twin(ids).logits, rtol=1e-4, atol=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads))
+    assert generate(twin, ragged_prompts(), max_new_tokens=20) == generate(
+        model, ragged_prompts(), max_new_tokens=20)
+
+
 def test_decode_leaves_the_uniforms_of_its_caller_alone():
     uniforms = np.random.default_rng(0).random((12, 20))
     before, options = uniforms.copy(), dict(max_new_tokens=20, temperature=1.0, top_p=1.0)
