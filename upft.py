@@ -239,7 +239,7 @@ def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> to
 
 
 # Not cuDNN's attention: with a mask its gradient was now and then NaN (torch 2.11 on an H100).
-# Whether it is without one, as here, is not known, and the others are as fast.
+# Whether also without a mask, as here, is not known; the others are as fast.
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def backward(model, batch: list[dict], micro_batch: int, weighting: str) -> float:
     """Add the gradient of a batch's loss to the parameters, piece by piece; returns the loss."""
@@ -256,7 +256,7 @@ BETAS, EPS = (0.9, 0.95), 1e-8  # of Adam
 
 
 class SplitAdamW:
-    """AdamW for bfloat16 weights that loses nothing: float32 masters, split in two halves.
+    """AdamW for bfloat16 weights that loses no small step: float32 masters, split in two halves.
 
     At lr 1e-6 a step is far below half a unit in the last place of a bfloat16 weight (8 bits), so
     plain bfloat16 AdamW rounds nearly every step away. Here master = weight (the upper 16 bits,
