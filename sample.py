@@ -195,16 +195,16 @@ def fuse_norms(model) -> None:
     """Make every RMSNorm of the Llama kind one kernel, where the library's code launches eight.
 
     On an H100 this takes 15 to 36 % off a decoding step of a 0.5B, and 7 to 12 % off decoding and
-    training a 7B; a CPU gains nothing. Gemma's norms, which add 1 to the weight, have no
-    variance_epsilon and stay as they are.
+    training a 7B; a CPU gains nothing. Others stay as they are: Gemma's, which add 1 to the weight
+    and call their epsilon otherwise, and Cohere's, which subtract the mean and are no RMSNorm.
     """
     def forward(self, hidden):
-        """(..., H) -> (..., H), rounded once; the library rounds before the weight as well."""
+        """(..., H) -> (..., H), rounded once; most of the library's round twice."""
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
+            module.forward = MethodType(forward, module)  # a deepcopy uses its own weights
 
 
 def is_tiny(model_name) -> bool:
@@ -376,11 +376,12 @@ class CapturedStep:
         """mask: (rows, columns), 1 where a token is real or to come."""
         rows, columns = mask.shape
         self.model, self.cache, self.graph = model, cache, None
-        self.ids, self.position = mask.new_zeros(2, rows, 1)
+        self.ids, self.position = mask.new_zeros(rows, 1), mask.new_zeros(rows, 1)
         self.column = mask.new_full((1,), columns - 1)
         # The graph reads these wherever they were when it was made: they have to outlive it.
-        self.real, self.every = mask[:, None, None].bool(), torch.arange(columns).to(mask.device)
-        for layer in cache.layers:
+        self.not_padding = mask[:, None, None].bool()
+        self.numbers = torch.arange(columns).to(mask.device)  # of the columns
+        for layer in cache.layers:  # it returns all its columns from now on, written or not
             layer.length, layer.column = columns, self.column
         # A first call sets up what must not happen while capturing. What it writes into the last
         # column does no harm: the last token of a response is never read.
@@ -392,8 +393,8 @@ class CapturedStep:
 
     def step(self) -> torch.Tensor:
         """The logits (rows, V) that follow what the buffers hold."""
-        seen = self.real & (self.every <= self.column)  # (rows, 1, 1, columns)
-        # As numbers that are added, or every layer would make them anew.
+        seen = self.not_padding & (self.numbers <= self.column)  # (rows, 1, 1, columns)
+        # As what is added to the scores: from truth values every layer would make it anew.
         mask = torch.where(seen, 0.0, -torch.inf).to(self.model.dtype)
         return next_logits(self.model, self.ids, mask, self.position, self.cache)
 
@@ -441,14 +442,15 @@ def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0)
         outside = upto - ordered >= top_p * upto[:, -1:]  # the first token always stays
         kept = ordered.masked_fill(outside, 0)
         blocks = torch.zeros_like(kept).scatter(-1, order, kept).view_as(blocks)
-    upto = blocks.sum(-1).double().cumsum(-1)  # (B, blocks)
-    target = uniforms.to(upto) * upto[:, -1]
-    block = (upto <= target[:, None]).sum(-1).clamp(max=width - 1)
-    before = torch.where(block > 0, upto[row, block - 1], 0.0)
-    inside = blocks[row, block].double().cumsum(-1) + before[:, None]  # (B, width)
-    # Rounding may leave the target at or beyond the last sum: stay on the last possible token.
-    last = width - 1 - (blocks[row, block] > 0).flip(-1).int().argmax(-1)
-    return block * width + torch.minimum((inside <= target[:, None]).sum(-1), last)
+    sums = blocks.sum(-1).double().cumsum(-1)  # (B, width): up to the end of each block
+    target = uniforms[:, None].to(sums) * sums[:, -1:]  # below the last sum: 1 - 2^-53 is enough
+    block = (sums <= target).sum(-1)
+    chosen, before = blocks[row, block], F.pad(sums, (1, 0))[row, block]
+    inside = before[:, None] + chosen.double().cumsum(-1)  # (B, width): up to each of its tokens
+    token = (inside <= target).sum(-1)
+    # Rounding may leave the target beyond the block's last sum: stay on its last possible token.
+    last = torch.where(chosen > 0, torch.arange(width, device=logits.device), 0).amax(-1)
+    return block * width + torch.minimum(token, last)
 
 
 def uniform_stream(seed: int, key: int, sample: int, count: int) -> np.ndarray:
@@ -494,6 +496,20 @@ def prefill(model, prompts):
     return torch.cat(logits), caches[0], mask
 
 
+def leave(finished: set[int], rows: int, cache, state) -> list[torch.Tensor]:
+    """Take the finished rows out of the cache and of each tensor in `state`, so that `rows` stay.
+
+    Live rows from the end take their places: of A b C D e, with b and e finished, A D C is left.
+    """
+    holes = [row for row in sorted(finished) if row < rows]
+    fillers = sorted(set(range(rows, len(state[0]))) - finished)
+    for layer in cache.layers:
+        layer.compact(holes, fillers, rows)
+    for tensor in state:
+        tensor[holes] = tensor[fillers]
+    return [tensor[:rows] for tensor in state]
+
+
 @torch.inference_mode()
 def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top_p, eos_ids):
     """The KV-cache loop: one batch, one token a step. Yields [(sequence, token id), ...] per step.
@@ -533,14 +549,8 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
             return
         # A graph has to be made again for fewer rows, so there the batch waits to be half empty.
         if finished and (not use_graph or 2 * rows <= len(alive)):
-            holes = [row for row in sorted(finished) if row < rows]
-            fillers = sorted(set(range(rows, len(alive))) - finished)
-            for layer in cache.layers:
-                layer.compact(holes, fillers, rows)
             state = mask, position, tokens, uniforms, alive
-            for tensor in state:
-                tensor[holes] = tensor[fillers]
-            mask, position, tokens, uniforms, alive = (x[:rows] for x in state)
+            mask, position, tokens, uniforms, alive = leave(finished, rows, cache, state)
             graph_step, finished = None, set()
         if use_graph:
             graph_step = graph_step or CapturedStep(model, cache, mask)

@@ -152,7 +152,7 @@ def machine_facts(device: str, smoke: bool) -> None:
         name = models[0].split(":")[1].strip() if models else name
     FACTS["processor"] = torch.cuda.get_device_name() if device == "cuda" else name
     FACTS["cores"] = f"{os.cpu_count()} ({torch.get_num_threads()} threads)"
-    for package in ("torch", "transformers", "trl"):
+    for package in ("torch", "transformers", "trl", "liger-kernel"):
         try:
             FACTS[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -188,8 +188,11 @@ def arithmetic(model, tokens, logits, passes=2) -> float:
 # ---- the peer: transformers' generate --------------------------------------------------------
 
 
-def norms(model, fused: bool) -> None:
-    """On a GPU: the norms that sample.load_model makes for us, or the library's for a peer."""
+def set_norms(model, fused: bool) -> None:
+    """On a GPU: the norms that sample.load_model makes for us, or the library's for a peer.
+
+    Not after Liger, whose own norms this would take away.
+    """
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             vars(module).pop("forward", None)
@@ -199,7 +202,7 @@ def norms(model, fused: bool) -> None:
 
 def our_generate(model, prompts, **options):
     """sample.generate with the model as sample.load_model makes it."""
-    norms(model, fused=True)
+    set_norms(model, fused=True)
     return sample.generate(model, prompts, **options)
 
 
@@ -209,8 +212,8 @@ def library(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=Tru
     Everything that a model's own generation config could change is set, so that both sides do
     the same. full=False: exactly `tokens` tokens, as a prefix is.
     """
+    set_norms(model, fused=False)
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
-    norms(model, fused=False)
     config = GenerationConfig(
         max_new_tokens=tokens, min_new_tokens=None if full else tokens, num_return_sequences=n,
         eos_token_id=sorted(eos) or None, pad_token_id=0, repetition_penalty=1.0,
@@ -365,7 +368,7 @@ def make_optimizer(model):
 
 def our_step(model, batch, optimizer, args, weighting="example", lr=1e-6) -> float:
     """One update as upft.train makes it; returns the loss."""
-    norms(model, fused=True)
+    set_norms(model, fused=True)
     loss = upft.backward(model, batch, args.micro_batch, weighting)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     assert math.isfinite(norm), f"gradient norm {norm}"
@@ -376,7 +379,7 @@ def our_step(model, batch, optimizer, args, weighting="example", lr=1e-6) -> flo
 
 def plain_step(model, batch, optimizer, args, lr=1e-6) -> float:
     """What a first own loop looks like: right padding, file order, logits of every position."""
-    norms(model, fused=False)
+    set_norms(model, fused=False)
     total, loss_sum = sum(len(e["response"]) for e in batch), 0.0
     for at in range(0, len(batch), args.micro_batch):
         piece = batch[at : at + args.micro_batch]
@@ -469,7 +472,7 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False) -
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             if not liger:  # which has norms of its own
-                norms(model, fused=False)
+                set_norms(model, fused=False)
             wait(model.device)
             clock.append(time.perf_counter())
 
@@ -745,7 +748,7 @@ def random_prompts(number: int, extra: int = 0, fixed: int | None = None) -> lis
     return [generator.integers(3, 500, fixed or n).tolist() for n in lengths]
 
 
-def decoding(args, rows: int) -> tuple[list[list[int]], int, int]:
+def decoding_job(args, rows: int) -> tuple[list[list[int]], int, int]:
     """Prompts of one length, and the numbers of new tokens of a short and of a long run."""
     short, long = (2, 66) if args.smoke else (8, 72)
     return random_prompts(rows, fixed=32 if args.smoke else 128), short, long
@@ -754,7 +757,7 @@ def decoding(args, rows: int) -> tuple[list[list[int]], int, int]:
 def decoding_speed(args, rows: int, call) -> float:
     """Steps a second of call(prompts, new tokens): prefill and start-up are left out, because
     what counts is the difference of a long and a short run."""
-    prompts, short, long = decoding(args, rows)
+    prompts, short, long = decoding_job(args, rows)
     call(prompts, short), call(prompts, long)
     fastest = lambda t: min(timed(lambda: call(prompts, t), args.device) for _ in range(2))
     a, b = fastest(short), fastest(long)
@@ -763,7 +766,7 @@ def decoding_speed(args, rows: int, call) -> float:
 
 def decoding_limit(args, model, rows: int) -> tuple[float, float]:
     """Steps a second at the copy rate, and the GiB of weights and cache that a step reads."""
-    (prompt, *_), short, long = decoding(args, rows)
+    (prompt, *_), short, long = decoding_job(args, rows)
     c = model.config
     tables = 0 if c.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     held = sum(p.numel() for p in model.parameters()) - tables  # looked up, not read
@@ -790,26 +793,22 @@ def gpu_decode(args):
 
 
 def gpu_compile(args):
-    """What torch.compile of norms, MLPs and rotary positions would add to a captured step."""
+    """What decoding gives with norms, MLPs and rotary positions compiled by torch.compile."""
     for shape in ("0.5B", "7B"):
+        torch._dynamo.reset()  # or the second shape comes close to the limit of recompilations
         model = build(shape, args)
-        library_code = sys.modules[type(model).__module__]
-        norms(model, fused=True)
-        draw = lambda p, t: sample.generate(model, p, max_new_tokens=t, token_budget=10**6)
-        sizes = (1, 4) if args.smoke else (1, 32, 256)
-        before = [decoding_speed(args, rows, draw) for rows in sizes]
-        norms(model, fused=False)
         for module in model.modules():
             if type(module).__name__.endswith(("RMSNorm", "MLP")):
                 module.compile(dynamic=True)
+        library_code = sys.modules[type(model).__module__]
         usual = library_code.apply_rotary_pos_emb
         library_code.apply_rotary_pos_emb = torch.compile(usual, dynamic=True)
-        cost = timed(lambda: draw(random_prompts(2), 8), args.device)
-        for rows, without in zip(sizes, before):
+        draw = lambda p, t: sample.generate(model, p, max_new_tokens=t, token_budget=10**6)
+        for rows in (1, 4) if args.smoke else (1, 32, 256):
+            cost = timed(lambda: draw(decoding_job(args, rows)[0], 8), args.device)
             speed, (limit, _) = decoding_speed(args, rows, draw), decoding_limit(args, model, rows)
-            add(f"decode {shape}, batch {rows}, compiled", speed, "steps/s", without, "as it is",
-                [speed / without], limit=limit,
-                note=f"{speed / limit:.0%} of the limit; compiling took {cost:.0f} s")  # fmt: skip
+            add(f"decode {shape}, batch {rows}, compiled", speed, "steps/s", limit=limit,
+                note=f"{speed / limit:.0%} of the limit; first 8 tokens took {cost:.0f} s")
         library_code.apply_rotary_pos_emb = usual
         del model, draw
 
@@ -838,7 +837,7 @@ def random_examples(number: int, prefix: int, full: int, trace: int) -> list[dic
             for p, (kind, n) in zip(prompts, sizes)]  # fmt: skip
 
 
-def prepared(args):
+def prepared_7b(args):
     """A 7B in training mode, 64 prefix examples, our optimiser, and our seconds a step."""
     model = build("7B", args)
     batch = random_examples(8 if args.smoke else 64, args.prefix, 0, 0)
@@ -853,7 +852,7 @@ def prepared(args):
 
 def gpu_train_7b(args):
     """Bars: 7B, all weights, batch 64: peak under 75 GiB, 40 % of the matmul peak; beside TRL."""
-    model, batch, optimizer, ours = prepared(args)
+    model, batch, optimizer, ours = prepared_7b(args)
     tokens, number = sum(map(upft.length, batch)), sum(p.numel() for p in model.parameters())
     update = timed_update(model, optimizer, args)
     share = arithmetic(model, tokens, args.prefix * len(batch), passes=6) / ours
@@ -898,15 +897,14 @@ def gpu_train_peers(model, batch, args, ours: float, tokens: int) -> None:
 
 
 def gpu_liger(args):
-    """Beside TRL with Liger's kernels (pip install liger-kernel). The last: it patches the library."""
-    model, batch, optimizer, ours = prepared(args)
+    """Beside TRL with Liger's kernels (pip install liger-kernel). Last: it patches the library."""
+    if "not installed" in (FACTS["trl"], FACTS["liger-kernel"]):
+        return print("TRL with Liger is left out: pip install trl datasets liger-kernel")
+    model, batch, optimizer, ours = prepared_7b(args)
     optimizer, seconds = None, []
     gc.collect()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(sample.TINY)
-        trl_steps(model, tokenizer, batch, args, seconds, lambda: None, liger=True)
-    except ImportError as error:
-        return print(f"TRL with Liger is left out: {error}")
+    tokenizer = AutoTokenizer.from_pretrained(sample.TINY)
+    trl_steps(model, tokenizer, batch, args, seconds, lambda: None, liger=True)
     tokens, ratios = sum(map(upft.length, batch)), [s / ours for s in seconds]
     add(f"training step 7B, {len(batch)} prefixes", tokens / ours, "tokens/s",
         tokens / statistics.median(seconds), "TRL with Liger kernels", ratios, ">= 1.3",
@@ -989,6 +987,8 @@ def main():
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if any(n.startswith("gpu") for n in chosen) and args.device != "cuda" and not args.smoke:
         raise sample.InputError("the gpu arms need a GPU; --smoke runs their code on tiny shapes")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     machine_facts(args.device, args.smoke)
     FACTS["smoke"] = args.smoke
     print("\n" + head())

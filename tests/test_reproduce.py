@@ -131,3 +131,19 @@ def test_the_gpu_arms_of_the_benchmark_run_on_tiny_shapes(monkeypatch):
         rows = benchmark.ROWS[before:]
         assert rows and all(0 < r["ours"] < np.inf and r["met"] is None for r in rows)
     assert {"generate", "plain (all logits)"} <= {r["peer_name"] for r in benchmark.ROWS}
+
+
+def test_the_peers_of_the_benchmark_run_without_our_norms():
+    from tests import benchmark
+
+    args = argparse.Namespace(device="cpu", dtype="float32", smoke=True, micro_batch=4)
+    model = benchmark.build("7B", args)
+    fused = lambda: any("forward" in vars(module) for module in model.modules())
+    prompts, batch = benchmark.random_prompts(2), benchmark.random_examples(4, 2, 0, 0)
+    optimizer = argparse.Namespace(step=lambda lr: None)
+    for peer in (lambda: benchmark.library(model, prompts, 2, (), 2),
+                 lambda: benchmark.plain_step(model, batch, optimizer, args)):  # fmt: skip
+        sample.fuse_norms(model)
+        assert fused()
+        peer()
+        assert not fused()
