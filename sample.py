@@ -3,8 +3,8 @@
     python sample.py --prompt "Tom has 3 apples and buys 4 more. How many apples does he have?"
     python sample.py --data tiny --limit 20 --n 4 --temperature 0.6 --out out/samples.jsonl
 
-`decode` is the whole loop; it needs `KVLayer` and `prefill`, which stand above it. `generate` around
-it forms batches and collects results.
+`decode` is the whole loop; it needs `KVLayer` and `prefill`, which stand above it. `generate`
+around it forms batches and collects results.
 Everything here works on token ids: a prompt is a list of ids, made once from the model's own chat
 template, and a response is the list of ids that the model sampled. Text is made only to be shown.
 """
@@ -166,6 +166,8 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name.startswith((".", "/")) and not os.path.isdir(name):  # not to be asked of the hub
+            raise InputError("there is no such folder")
         tokenizer = AutoTokenizer.from_pretrained(name)
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
@@ -231,8 +233,8 @@ def fill_defaults(args, **defaults) -> None:
     for name in ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
                  "batch_size", "micro_batch", "samples", "lr", "clip"):
         value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}")
     if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
         raise InputError("--temperature must be 0 (greedy) or lie between 0.001 and 1000")
     if not 0 <= args.seed < 2**63:

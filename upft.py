@@ -378,6 +378,8 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(plan):
             save_checkpoint(folder, model, optimizer, losses)
     bar.close()
+    if not all(p.isfinite().all() for p in parameters):  # by the last update
+        raise InputError(f"training diverged in its last step. Lower --lr (now {args.lr})")
     model.eval()
     return losses
 
@@ -500,26 +502,25 @@ def check_arguments(args) -> None:
         raise InputError("--resume needs --out, the folder of the run that was stopped")
 
 
-def open_folder(args) -> Path:
-    """Make the run's folder and write down its settings, or check that they are still the same."""
+def run_settings(args) -> dict:
+    """What a resumed run must not change, because it would change the result."""
+    free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
+    return {k: v for k, v in vars(args).items() if k not in free}
+
+
+def choose_folder(args) -> Path:
+    """The run's folder; InputError if it is in use, or if a resumed run has other settings."""
     name = f"out/{args.method}-t{args.prefix}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.out or name)
-    # A resumed run may change what does not change the result.
-    free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
-    settings = {k: v for k, v in vars(args).items() if k not in free}
-    record = folder / "settings.json"
     if args.resume:
-        if not record.exists():
+        if not (folder / "settings.json").exists():
             raise InputError(f"--resume: no run in {folder}")
-        before = json.loads(record.read_text())
+        settings, before = run_settings(args), json.loads((folder / "settings.json").read_text())
         changed = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != before.get(k)]
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use: give another --out, or --resume it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, settings)
     return folder
 
 
@@ -596,8 +597,10 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     options = {k: getattr(args, k) for k in ("max_new_tokens", "instruction", "token_budget")}
     rows = read_jsonl(path) if path.exists() else evaluate.evaluate(
         model, tokenizer, held_out, out=path, label=f"evaluate {name}", **options)
-    metrics[name] = evaluate.summarize(rows)
-    metrics.setdefault(f"{name}_evaluation_seconds", time.perf_counter() - started)
+    metrics[name], seconds = evaluate.summarize(rows), time.perf_counter() - started
+    metrics.setdefault(f"{name}_evaluation_seconds", seconds)
+    speed = None if args.resume else sum(row["tokens"] for row in rows) / seconds
+    metrics.setdefault(f"{name}_evaluation_tokens_per_second", speed)
     # Reset here as well, so that on a GPU the peak of training is not that of an evaluation.
     peak = sample.peak_memory(model.device, reset=True)
     metrics.setdefault(f"{name}_evaluation_peak_gib", peak)
@@ -651,6 +654,7 @@ def main(argv=None):
     load, filtered = sample.load_questions, args.method == "rft" or args.label_filter
     questions = [] if args.samples_from else load(args.data, "train", args.limit, filtered)
     held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
+    folder = choose_folder(args)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
     whole = max(args.max_new_tokens, args.prefix)
@@ -661,7 +665,8 @@ def main(argv=None):
         sample.check_length(model, prompts, new)
     given = read_samples(tokenizer, args) if args.samples_from else []
     sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)
-    folder = open_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", run_settings(args))
     print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
     metrics = {k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}

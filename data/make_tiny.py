@@ -370,7 +370,7 @@ def pretrain(tokenizer, batches):
     in_muon = {id(p) for group, _ in groups for p in group}
     rest = [p for p in model.parameters() if id(p) not in in_muon]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0, fused=True)
-    bar = tqdm(batches, unit="step", mininterval=5)
+    bar = tqdm(batches, unit="step", mininterval=5, disable=None)
     for step, batch in enumerate(bar):
         done = step / len(batches)
         factor = min(1, (step + 1) / (WARMUP * len(batches)), (1 - done) / DECAY)

@@ -5,7 +5,10 @@
     python tests/reproduce.py openings                     # what an opening is worth
     python tests/reproduce.py tables --seeds 0 1 2 3 4     # Tables 1 and 2
     python tests/reproduce.py ablations --seeds 0 1 2      # Figure 3 and further choices
+    python tests/reproduce.py failure                      # a world where UPFT does harm
     python tests/reproduce.py figures                      # pictures of all of it
+    python tests/reproduce.py pooled --files W0 W1 W2      # means of the tables of several worlds
+    python tests/reproduce.py real                         # data/figures/real.json, its intervals
 
 Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/tables
 and <out>/ablations, and what is already there is not made again: a stopped reproduction goes on.
@@ -16,6 +19,7 @@ once with all of them, for the table. (Their seconds are those of a shared machi
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -343,6 +347,70 @@ def tables(args):
     compare(args, "tables", {name: METHODS[name] for name in args.methods})
 
 
+def failure(args):
+    """Tables of the world `data/make_tiny.py --world trap --out out/trap`."""
+    if args.model == "tiny":
+        args.model, args.data, args.eval_data = (
+            str(ROOT / "out/trap" / name) for name in ("", "train.jsonl", "test.jsonl"))  # fmt: skip
+        args.opening = "two changes|in pairs|in short steps"
+    if not Path(args.model).exists():
+        raise sample.InputError("first make it: data/make_tiny.py --world trap --out out/trap")
+    compare(args, "failure", {name: METHODS[name] for name in args.methods})
+
+
+def pooled(args):
+    """Means of the worlds whose tables.json are --files: of each method, and of their differences.
+
+    The worlds are independent, so their half-widths add in squares.
+    """
+    worlds = [{r["variant"]: r for r in json.loads(Path(f).read_text())["rows"]}
+              for f in args.files]  # fmt: skip
+
+    def show(name, parts):
+        centre, low, high = 100 * np.array(parts).T
+        half = (((high - low) / 2) ** 2).sum() ** 0.5 / len(parts)
+        mean = centre.mean()
+        print(f"{name:<44}{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
+
+    for name, row in worlds[0].items():
+        if name != "base":
+            show(name, [[w[name][key] for key in ("difference", "low", "high")] for w in worlds])
+            for other in row["above"]:
+                show(f"  {name} - {other}", [w[name]["above"][other] for w in worlds])
+
+
+def real(args):
+    """Runs of the real model, from <out>/real.json: accuracy, difference to the base, and means.
+
+    Runs that differ in their seed only are averaged over their seeds for each question, and so are
+    the differences between them: those intervals hold the noise of the questions, not of seeds.
+    """
+    digits = lambda text: np.array([int(d) for d in text])
+    kind = lambda name: name.rsplit(", seed", 1)[0]
+    show = lambda name, v: print("{:<66}{:+5.1f} [{:+.1f}, {:+.1f}]".format(
+        name, *(100 * x for x in with_interval(v.mean(0, keepdims=True)))))  # fmt: skip
+    everywhere = {}
+    for group, runs in json.loads((args.out / "real.json").read_text()).items():
+        if group == "what":
+            continue
+        base, gained = digits(runs["base"]), {}
+        print(f"\n{group}: base {base.mean():.1%}")
+        for name, text in runs.items():
+            low, high = evaluate.newcombe(base, digits(text))
+            if name != "base":
+                gain = digits(text) - base
+                gained.setdefault(kind(name), []).append(gain)
+                everywhere.setdefault((kind(name), len(gain)), []).append(gain)
+                print(f"{name:<60}{digits(text).mean():6.1%}{100 * gain.mean():+5.1f} "
+                      f"[{100 * low:+.1f}, {100 * high:+.1f}]")  # fmt: skip
+        for a, b in itertools.combinations(gained, 2):
+            show(f"  {b} - {a}", np.mean(gained[b], 0, keepdims=True) - np.mean(gained[a], 0))
+    print("\nmeans over all seeds, each minus its own base")
+    for (name, _), values in everywhere.items():
+        if len(values) > 1:
+            show(f"{name}, {len(values)} runs", np.array(values))
+
+
 def ablations(args):
     """Figure 3: prefix length and structure share; and every other choice of ours."""
     chosen = args.only or ABLATIONS
@@ -451,7 +519,7 @@ def save(args, name: str, value: dict) -> None:
 
 def main(argv=None):
     """Run one subcommand."""
-    functions = coverage, rollouts, openings, tables, ablations, figures
+    functions = (coverage, rollouts, openings, tables, ablations, failure, figures, pooled, real)
     commands = {f.__name__: f for f in functions}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -469,7 +537,8 @@ def main(argv=None):
     flag("--rollouts", type=int, default=32, help="from each start")
     flag("--lengths", type=int, nargs="+", help="values of t (default: powers of 2 up to 64)")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
-    flag("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of tables")
+    flag("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of tables, failure")
+    flag("--files", nargs="+", default=[], help="of pooled: tables.json of several worlds")
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
     flag("--opening", default="gains first|by sorting|gains before",
          help="count the answers that begin so (default: the miniature's worse strategy)")

@@ -228,6 +228,8 @@ BAD = {
     "structure 1.5": (lambda t: ["--structure", "1.5"], "--structure must lie between 0 and 1"),
     "save-every -1": (lambda t: ["--save-every", "-1"], "--save-every must not be negative"),
     "lr 0": (lambda t: ["--lr", "0"], "--lr must be above 0"),
+    "lr inf": (lambda t: ["--lr", "inf"], "--lr must be above 0 and finite"),
+    "no such folder": (lambda t: ["--model", "/no/folder", "--data", "tiny"], "no such folder"),
     "no chat template": (
         lambda t: ["--model", tiny_without(t, "chat_template.jinja"), "--data", "tiny"],
         "no chat template"),
@@ -240,20 +242,25 @@ BAD = {
     "nothing to resume": (lambda t: ["--out", str(t / "none"), "--resume"], "no run in"),
     "resume what": (lambda t: ["--resume"], "--resume needs --out"),
     "device": (lambda t: ["--device", "cuda:99"], "cuda:99"),
-    "diverging": (lambda t: ["--lr", "1e38", "--limit", "40", "--eval-limit", "1"], "--lr"),
+    "diverging": (lambda t: ["--lr", "1e38", "--limit", "40", "--eval-limit", "1"], "step 2: loss"),
+    "diverging at the end": (
+        lambda t: ["--lr", "1e39", "--limit", "16", "--eval-limit", "1"], "in its last step"),
 }
+BEFORE_A_MODEL = ("folder in use", "nothing to resume")  # for to load one can take minutes
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where the default out/ would be
     flags, expected = BAD[case]
+    if case in BEFORE_A_MODEL:
+        monkeypatch.setattr(sample, "load_model", None)
     with pytest.raises(SystemExit) as stop:
         sample.run(lambda: upft.main(flags(tmp_path)))
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(error) == 1 and expected in error[0]
     made = list(tmp_path.glob("out/*/*.json*"))
-    assert case == "diverging" or not made  # told before any work
+    assert case.startswith("diverging") or not made  # told before any work
 
 
 def test_resume_refuses_other_settings(finished):

@@ -115,6 +115,36 @@ def test_the_figures_of_the_repository_can_be_drawn_as_text(reproduce, capsys, m
     assert all(f"\n{name}\n" in shown for name in ("coverage", "rollouts", "ablations", "tables"))
 
 
+def test_means_over_worlds_add_half_widths_in_squares(reproduce, tmp_path, capsys):
+    for number, (difference, half) in enumerate([(0.01, 0.003), (0.03, 0.004)]):
+        row = {"variant": "upft", "difference": difference, "low": difference - half,
+               "high": difference + half, "above": {"sft": [0.02, 0.01, 0.03]}}  # fmt: skip
+        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": [{"variant": "base"}, row]}))
+    reproduce.main(["pooled", "--files", *map(str, tmp_path.glob("*.json"))])
+    upft, above = capsys.readouterr().out.splitlines()
+    assert upft.split() == "upft +2.00 [+1.75, +2.25]".split()
+    assert above.split() == "upft - sft +2.00 [+1.29, +2.71]".split()
+
+
+def test_the_real_runs_are_compared_with_their_own_base(reproduce, tmp_path, capsys):
+    runs = {"one": {"base": "0011" * 25, "a, seed 0": "0111" * 25, "b, seed 0": "1111" * 25},
+            "two": {"base": "0001" * 25, "a, seed 1": "0001" * 25}}  # fmt: skip
+    (tmp_path / "real.json").write_text(json.dumps({"what": "a test"} | runs))
+    reproduce.main(["real", "--out", str(tmp_path)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    low, high = evaluate.newcombe(*(np.array([int(d) for d in text * 25])
+                                    for text in ("0011", "0111")))  # fmt: skip
+    assert f"a, seed 0 75.0%+25.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in lines
+    assert any(line.startswith("b - a +25.0 ") for line in lines)
+    assert any(line.startswith("a, 2 runs +12.5 ") for line in lines)
+
+
+def test_the_world_where_it_fails_has_to_be_made_first(reproduce, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="--world trap"):
+        reproduce.main(["failure"])
+
+
 def test_the_gpu_arms_of_the_benchmark_run_on_tiny_shapes(monkeypatch):
     from tests import benchmark
 
