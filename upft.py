@@ -70,7 +70,8 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     drawn_as = ["full"] * len(questions) if filtered else kinds
     for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
         keys = [i for i in range(len(questions)) if drawn_as[i] == kind]
-        drawn = sample.generate_to(  # all that the file holds: both kinds, after the second
+        # It returns all that the file holds: after the second pass, both kinds.
+        drawn = sample.generate_to(
             part, {"set of prompts": sample.fingerprint(prompts)}, model,
             [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit, eos_ids=stops,
             temperature=args.temperature, seed=args.seed, token_budget=args.token_budget,

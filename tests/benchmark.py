@@ -206,7 +206,8 @@ def our_generate(model, prompts, **options):
     return sample.generate(model, prompts, **options)
 
 
-def library(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=True, ordered=False):
+def peer_generate(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=True,
+                  ordered=False):  # fmt: skip
     """model.generate in batches of `size`; returns per prompt its n responses, up to EOS.
 
     Everything that a model's own generation config could change is set, so that both sides do
@@ -275,7 +276,8 @@ def prefix_sampling(args):
 
     def peer(size, ordered):
         def call():
-            library(model, prompts, size, eos, t, temperature=0.6, full=False, ordered=ordered)
+            peer_generate(model, prompts, size, eos, t, temperature=0.6, full=False,
+                          ordered=ordered)  # fmt: skip
             return number
 
         return call
@@ -306,7 +308,8 @@ def full_traces(args):
 
         def peer(size):
             def call():
-                kept["peer"] = library(model, prompts, size, eos, length, temperature=temperature)
+                kept["peer"] = peer_generate(model, prompts, size, eos, length,
+                                             temperature=temperature)  # fmt: skip
                 return count(kept["peer"])
 
             return call
@@ -332,7 +335,7 @@ def many_samples(args):
                                   eos_ids=eos))  # fmt: skip
 
     def peer(size):
-        return lambda: count(library(model, prompts, size, eos, length, temperature=0.6, n=n))
+        return lambda: count(peer_generate(model, prompts, size, eos, length, temperature=0.6, n=n))
 
     sizes = [b for b in (1, 2, 4, 16) if b <= len(prompts)]
     sizes = sizes[-1:] if model.device.type == "cuda" else sizes[:3]
@@ -783,7 +786,7 @@ def gpu_decode(args):
         draw = lambda p, t: our_generate(model, p, max_new_tokens=t, token_budget=10**6)
         for rows in (1, 4) if args.smoke else (1, 32, 256):
             ours = decoding_speed(args, rows, draw)
-            peer = decoding_speed(args, rows, lambda p, t: library(model, p, rows, (), t))
+            peer = decoding_speed(args, rows, lambda p, t: peer_generate(model, p, rows, (), t))
             limit, size = decoding_limit(args, model, rows)
             bar = {"7B": 0.7 if rows < 256 else None, "0.5B": 0.5}.get(shape)
             add(f"decode {shape}, batch {rows}", ours, "steps/s", peer, "generate", [ours / peer],

@@ -350,8 +350,9 @@ def tables(args):
 def failure(args):
     """Tables of the world `data/make_tiny.py --world trap --out out/trap`."""
     if args.model == "tiny":
-        args.model, args.data, args.eval_data = (
-            str(ROOT / "out/trap" / name) for name in ("", "train.jsonl", "test.jsonl"))  # fmt: skip
+        world = ROOT / "out/trap"
+        args.model, args.data, args.eval_data = map(
+            str, (world, world / "train.jsonl", world / "test.jsonl"))  # fmt: skip
         args.opening = "two changes|in pairs|in short steps"
     if not Path(args.model).exists():
         raise sample.InputError("first make it: data/make_tiny.py --world trap --out out/trap")

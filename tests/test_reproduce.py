@@ -171,7 +171,7 @@ def test_the_peers_of_the_benchmark_run_without_our_norms():
     fused = lambda: any("forward" in vars(module) for module in model.modules())
     prompts, batch = benchmark.random_prompts(2), benchmark.random_examples(4, 2, 0, 0)
     optimizer = argparse.Namespace(step=lambda lr: None)
-    for peer in (lambda: benchmark.library(model, prompts, 2, (), 2),
+    for peer in (lambda: benchmark.peer_generate(model, prompts, 2, (), 2),
                  lambda: benchmark.plain_step(model, batch, optimizer, args)):  # fmt: skip
         sample.fuse_norms(model)
         assert fused()
