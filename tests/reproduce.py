@@ -9,6 +9,7 @@
     python tests/reproduce.py figures                      # pictures of all of it
     python tests/reproduce.py pooled --files W0 W1 W2      # means of the tables of several worlds
     python tests/reproduce.py real                         # data/figures/real.json, its intervals
+    python tests/reproduce.py quantise --bits 4            # a model that went through 4-bit weights
 
 Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/tables
 and <out>/ablations, and what is already there is not made again: a stopped reproduction goes on.
@@ -418,6 +419,29 @@ def ablations(args):
     compare(args, "ablations", {k: flags for k, flags in ABLATIONS.items() if k in chosen})
 
 
+def quantise(args):
+    """Save --model in <out>/model with its matrices rounded to --bits bits and back.
+
+    Of every 64 neighbouring weights of a row, 2^bits evenly spaced values from the least to the
+    greatest remain: is it 4-bit weights that training does harm to? Vectors stay as they are.
+    """
+    model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
+    noise = total = 0.0
+    for p in model.parameters():
+        if p.dim() != 2 or p.numel() % 64:
+            continue
+        old = p.data.float().view(-1, 64)
+        low, high = old.amin(1, keepdim=True), old.amax(1, keepdim=True)
+        step = ((high - low) / (2**args.bits - 1)).clamp(min=1e-30)
+        p.data = (((old - low) / step).round() * step + low).view(p.shape).to(p.dtype)
+        noise += (p.data.float().view(-1, 64) - old).square().sum().item()
+        total += old.square().sum().item()
+    model.save_pretrained(args.out / "model")
+    tokenizer.save_pretrained(args.out / "model")
+    print(f"{args.bits} bits move the weights by {(noise / total) ** 0.5:.1%} of their norm -> "
+          f"{args.out / 'model'}")
+
+
 # ---- pictures --------------------------------------------------------------------------------
 
 
@@ -520,7 +544,8 @@ def save(args, name: str, value: dict) -> None:
 
 def main(argv=None):
     """Run one subcommand."""
-    functions = (coverage, rollouts, openings, tables, ablations, failure, figures, pooled, real)
+    functions = (coverage, rollouts, openings, tables, ablations, failure, figures, pooled, real,
+                 quantise)  # fmt: skip
     commands = {f.__name__: f for f in functions}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -540,6 +565,7 @@ def main(argv=None):
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
     flag("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="of tables, failure")
     flag("--files", nargs="+", default=[], help="of pooled: tables.json of several worlds")
+    flag("--bits", type=int, default=4, choices=range(1, 9), help="of quantise")
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
     flag("--opening", default="gains first|by sorting|gains before",
          help="count the answers that begin so (default: the miniature's worse strategy)")

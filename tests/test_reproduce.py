@@ -139,6 +139,21 @@ def test_the_real_runs_are_compared_with_their_own_base(reproduce, tmp_path, cap
     assert any(line.startswith("a, 2 runs +12.5 ") for line in lines)
 
 
+def test_few_bits_leave_few_values_in_a_block(reproduce, tmp_path):
+    """16 values in 64 weights, each at most half a step from where it was; vectors as they were."""
+    reproduce.main(["quantise", "--bits", "4", "--out", str(tmp_path)])
+    old, _ = sample.load_model("tiny")
+    new, _ = sample.load_model(tmp_path / "model")
+    for a, b in zip(old.parameters(), new.parameters()):
+        if a.dim() == 1:
+            assert a.equal(b)
+            continue
+        blocks, rounded = a.data.view(-1, 64), b.data.view(-1, 64)
+        assert max(len(set(block)) for block in rounded[:50].tolist()) == 16
+        width = blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)
+        assert ((rounded - blocks).abs() <= width / 30 + 1e-5).all()
+
+
 def test_the_world_where_it_fails_has_to_be_made_first(reproduce, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     with pytest.raises(InputError, match="--world trap"):
