@@ -423,12 +423,13 @@ def quantise(args):
     """Save --model in <out>/model with its matrices rounded to --bits bits and back.
 
     Of every 64 neighbouring weights of a row, 2^bits evenly spaced values from the least to the
-    greatest remain: is it 4-bit weights that training does harm to? Vectors stay as they are.
+    greatest remain. Vectors stay as they are, and matrices whose rows 64 does not divide. For the
+    question whether training does harm because weights have gone through 4 bits.
     """
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     noise = total = 0.0
     for p in model.parameters():
-        if p.dim() != 2 or p.numel() % 64:
+        if p.dim() != 2 or p.shape[1] % 64:
             continue
         old = p.data.float().view(-1, 64)
         low, high = old.amin(1, keepdim=True), old.amax(1, keepdim=True)
@@ -436,6 +437,8 @@ def quantise(args):
         p.data = (((old - low) / step).round() * step + low).view(p.shape).to(p.dtype)
         noise += (p.data.float().view(-1, 64) - old).square().sum().item()
         total += old.square().sum().item()
+    if not total:
+        raise sample.InputError(f"{args.model} has no matrix whose rows 64 divides")
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
     print(f"{args.bits} bits move the weights by {(noise / total) ** 0.5:.1%} of their norm -> "

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import sample
@@ -152,6 +153,15 @@ def test_few_bits_leave_few_values_in_a_block(reproduce, tmp_path):
         assert max(len(set(block)) for block in rounded[:50].tolist()) == 16
         width = blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)
         assert ((rounded - blocks).abs() <= width / 30 + 1e-5).all()
+
+
+def test_a_model_without_fitting_matrices_is_told(reproduce, tmp_path, monkeypatch):
+    odd = torch.nn.Linear(63, 64)  # its numbers fill blocks of 64, but its rows do not
+    before = odd.weight.detach().clone()
+    monkeypatch.setattr(sample, "load_model", lambda *_: (odd, None))
+    with pytest.raises(InputError, match="no matrix"):
+        reproduce.main(["quantise", "--out", str(tmp_path)])
+    assert odd.weight.equal(before) and not any(tmp_path.iterdir())
 
 
 def test_the_world_where_it_fails_has_to_be_made_first(reproduce, monkeypatch, tmp_path):
