@@ -131,6 +131,46 @@ def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
         steps.clear()
 
 
+PACKED = [torch.float32] * torch.backends.mkldnn.is_available()
+if PACKED and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    PACKED += [torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])  # qwen2's have a bias
+def test_packed_weights_give_the_same_tokens_and_go(family, dtype, monkeypatch):
+    model, prompts = small_model(family).to(dtype), ragged_prompts(9)
+    assert not sample.can_be_packed(model)  # too small to gain anything
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    options = dict(max_new_tokens=20, temperature=0.9, n=2, eos_ids={3, 14})
+    packed = lambda: [layer for layer in layers if "forward" in vars(layer)]
+    for _ in range(2):  # the second time with other weights
+        plain = generate(model, prompts, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(sample, "can_be_packed", lambda model: True)
+            with sample.packed_weights(model):
+                assert packed() == layers != []
+            seen = []
+            assert generate(model, prompts, on_done=lambda *_: seen.append(len(packed())),
+                            **options) == plain
+            assert set(seen) == {len(layers)} and not packed()
+            with pytest.raises(KeyboardInterrupt), sample.packed_weights(model):
+                raise KeyboardInterrupt
+            assert not packed()
+        for layer in layers:
+            layer.weight.data.mul_(-1)
+
+
+def test_which_models_are_packed():
+    def model(gigabytes, device="cpu", dtype=torch.float32):
+        weights = [SimpleNamespace(nbytes=gigabytes * 1e9)]
+        return SimpleNamespace(device=torch.device(device), dtype=dtype, parameters=lambda: weights)
+
+    assert sample.can_be_packed(model(1)) == torch.backends.mkldnn.is_available()
+    others = model(0.01), model(9), model(1, "meta"), model(1, dtype=torch.float64)
+    assert not any(map(sample.can_be_packed, others))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph needs a GPU")
 @pytest.mark.parametrize("family", CAPTURED)
 def test_a_graph_gives_the_same_tokens(family, monkeypatch):
