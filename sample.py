@@ -27,9 +27,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn import Linear, functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
@@ -54,10 +54,10 @@ def run(main):
         print("stopped; what was written so far is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if out_of_memory(error):
+        if not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
+            if not out_of_memory(error):
+                raise
             error = "out of memory with one sequence alone: lower --max-new-tokens"
-        elif not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
-            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -68,21 +68,16 @@ def run(main):
 def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
     """The objects of a JSONL file. A bad line is an InputError that names file and line number.
 
-    torn_ok: a file that was growing when the run stopped: it may be missing, and a last line
-    without its newline is dropped, from the file too, so that new lines can be appended.
-    check(row) returns what is wrong with a row, or None.
+    torn_ok: the file was growing when a run stopped, so a last line without its newline is left
+    out. check(row) returns what is wrong with a row, or None; with it the file must hold a row.
     """
-    path, rows = Path(path), []
-    if torn_ok and not path.exists():
-        return []
+    rows = []
     try:
         # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
-        lines = path.read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if torn_ok and lines[-1]:
-        os.truncate(path, path.stat().st_size - len(lines.pop()))
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[:-1] if torn_ok else lines, 1):
         if not line.strip():
             continue
         try:
@@ -93,6 +88,8 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
         if wrong or not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: {wrong or 'expected a JSON object {...}'}")
         rows.append(row)
+    if check and not rows:
+        raise InputError(f"{path} holds no questions")
     return rows
 
 
@@ -135,13 +132,8 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
         if need_answer and "####" in answer:
             return '"answer" is a whole solution, not the final answer alone: see data/prepare.py'
 
-    rows = read_jsonl(path, check=check)[:limit]
-    if not rows:
-        raise InputError(f"{path} holds no questions")
-    for row in rows:
-        if row.get("answer") is not None:
-            row["answer"] = str(row["answer"])
-    return rows
+    return [row | {"answer": str(row["answer"])} if row.get("answer") is not None else row
+            for row in read_jsonl(path, check=check)[:limit]]
 
 
 # ---- model and prompt ------------------------------------------------------------------------
@@ -163,16 +155,16 @@ def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype,
 
 def load_model(name, device: str = "auto", dtype: str = "auto"):
     """(model, tokenizer) of "tiny", a local folder or a hub name, ready to sample from."""
-    name = str(TINY) if str(name) == "tiny" else os.path.expanduser(str(name))
+    path = str(TINY) if str(name) == "tiny" else os.path.expanduser(str(name))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if name.startswith((".", "/")) and not os.path.isdir(name):  # not to be asked of the hub
+        if path.startswith((".", "/")) and not os.path.isdir(path):  # not to be asked of the hub
             raise InputError("there is no such folder")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         if any("linear" in kind or "attention" not in kind for kind in kinds):
             raise InputError("some of its layers keep a state that is not keys and values")
@@ -188,8 +180,7 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
     except Exception as error:  # each library that takes part has its own
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"cannot load the model {name} on {device}: {reason}") from None
-    label = "tiny" if name == str(TINY) else name
-    print(f"{label}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
+    print(f"{name}: {model.num_parameters() / 1e6:,.1f}M parameters, {model.device}, "
           f"{str(chosen).removeprefix('torch.')} ({why})", file=sys.stderr)
     return model.eval(), tokenizer
 
@@ -217,22 +208,15 @@ def is_tiny(model_name) -> bool:
     return template.is_file() and template.read_text() == (TINY / template.name).read_text()
 
 
-def default_instruction(model_name) -> str:
-    """What is added to every question where --instruction is not given: nothing for tiny."""
-    return "" if is_tiny(model_name) else INSTRUCTION
-
-
 def fill_defaults(args, **defaults) -> None:
     """Give flags that were not given the values that suit the model, then check those of all
     scripts: InputError for senseless ones."""
-    defaults |= dict(instruction=default_instruction(args.model),
+    defaults |= dict(instruction="" if is_tiny(args.model) else INSTRUCTION,
                      max_new_tokens=160 if is_tiny(args.model) else 512,
                      temperature=0.6 if getattr(args, "n", 1) > 1 else 0.0)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    vars(args).update((k, v) for k, v in defaults.items() if getattr(args, k) is None)
     for name in ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
-                 "batch_size", "micro_batch", "samples", "lr", "clip"):
+                 "batch_size", "micro_batch", "samples", "lr", "clip", "top_p"):
         value = getattr(args, name, None)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}")
@@ -240,8 +224,9 @@ def fill_defaults(args, **defaults) -> None:
         raise InputError("--temperature must be 0 (greedy) or lie between 0.001 and 1000")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie between 0 and 2^63 - 1, not {args.seed}")
-    if not 0 < getattr(args, "top_p", 1.0) <= 1:
-        raise InputError(f"--top-p must lie in (0, 1], not {args.top_p}")
+    for name in ("top_p", "structure", "warmup"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
 
 
 def user_turn(question: str, instruction: str = "", suffix: str = "") -> list[dict]:
@@ -257,8 +242,7 @@ def prompt_ids(tokenizer, question: str, instruction: str = "", suffix: str = ""
     The template writes BOS itself where a model has one, so the tokenizer must not add another.
     """
     messages = user_turn(question, instruction, suffix)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def end_of_turn(tokenizer) -> int:
@@ -291,24 +275,22 @@ class KVLayer(DynamicLayer):
     are done are overwritten by live ones.
     """
 
-    rows = length = 0  # rows and columns in use
+    length = 0  # columns in use
     column = None  # in a captured step: the tensor that says where the new column goes
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Keep the prompts, then add a column (rows, heads, 1, head_dim); return all there is."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            self.rows, _, self.length, _ = key_states.shape
+            self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
             return key_states, value_states
-        keys, values = self.keys[: self.rows], self.values[: self.rows]
         if self.column is not None:
-            return (keys.index_copy_(2, self.column, key_states),
-                    values.index_copy_(2, self.column, value_states))
-        keys[:, :, self.length] = key_states[:, :, 0]
-        values[:, :, self.length] = value_states[:, :, 0]
+            return (self.keys.index_copy_(2, self.column, key_states),
+                    self.values.index_copy_(2, self.column, value_states))
+        self.keys[:, :, self.length] = key_states[:, :, 0]
+        self.values[:, :, self.length] = value_states[:, :, 0]
         self.length += 1
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self):
         """Columns in use; the library reads it to build the attention mask."""
@@ -316,32 +298,20 @@ class KVLayer(DynamicLayer):
 
     def join(self, others, width: int) -> None:
         """Put the rows of other layers, read apart, under these; all end in column `width`."""
-        for name in ("keys", "values"):
-            setattr(self, name, torch.cat([
-                F.pad(getattr(layer, name), (0, 0, width - layer.length, 0))
-                for layer in (self, *others)
-            ]))
-        self.rows, self.length = len(self.keys), width
+        layers = (self, *others)
+        self.keys = torch.cat([F.pad(x.keys, (0, 0, width - x.length, 0)) for x in layers])
+        self.values = torch.cat([F.pad(x.values, (0, 0, width - x.length, 0)) for x in layers])
+        self.length = width
 
-    def repeat(self, counts: torch.Tensor, pad: int) -> None:
-        """Repeat row i counts[i] times: the samples of one prompt continue from one prefill.
+    def spread(self, source: torch.Tensor, pad: int, new: int) -> None:
+        """Row i becomes a copy of row source[i]: samples of one prompt continue from one prefill.
 
-        pad: columns that are put before the others, and have to be masked.
+        pad: columns that are put before the others, and have to be masked. new: columns behind
+        them, for the tokens to come (zero, for a captured step reads and masks them).
         """
-        self.keys, self.values = (F.pad(b.repeat_interleave(counts, 0), (0, 0, pad, 0))
+        self.keys, self.values = (F.pad(b[source], (0, 0, pad, new))
                                   for b in (self.keys, self.values))
-        self.rows, self.length = len(self.keys), self.length + pad
-
-    def compact(self, holes: list[int], fillers: list[int], rows: int) -> None:
-        """Copy the rows `fillers` into the rows `holes`, then use only the first `rows` rows."""
-        self.keys[holes] = self.keys[fillers]
-        self.values[holes] = self.values[fillers]
-        self.rows = rows
-
-    def reserve(self, columns: int) -> None:
-        """Make room for `columns` columns (zero, for a captured step reads and masks them)."""
-        self.keys, self.values = (F.pad(b, (0, 0, 0, columns - self.length))
-                                  for b in (self.keys, self.values))
+        self.length += pad
 
 
 def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
@@ -436,8 +406,7 @@ def packed_weights(model):
     step takes a fifth (bfloat16) to a third (float32) of the time. The products are the same, in
     bfloat16 bit for bit. The copies go at the end, because training changes the weights.
     """
-    linear = lambda module: type(module) is torch.nn.Linear
-    layers = list(filter(linear, model.modules())) if can_be_packed(model) else []
+    layers = [m for m in model.modules() if type(m) is Linear] if can_be_packed(model) else []
     for layer in layers:
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64)
         layer.forward = lambda hidden, weight=packed, bias=layer.bias: (
@@ -537,11 +506,15 @@ def leave(finished: set[int], rows: int, cache, state) -> list[torch.Tensor]:
     """
     holes = [row for row in sorted(finished) if row < rows]
     fillers = sorted(set(range(rows, len(state[0]))) - finished)
-    for layer in cache.layers:
-        layer.compact(holes, fillers, rows)
-    for tensor in state:
+
+    def shorten(tensor):
+        """In place: to copy all rows that stay would take longer."""
         tensor[holes] = tensor[fillers]
-    return [tensor[:rows] for tensor in state]
+        return tensor[:rows]
+
+    for layer in cache.layers:
+        layer.keys, layer.values = shorten(layer.keys), shorten(layer.values)
+    return [shorten(tensor) for tensor in state]
 
 
 @torch.inference_mode()
@@ -554,21 +527,16 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     graph, when half of the rows are done.
     """
     logits, cache, mask = prefill(model, prompts)
-    repeats = torch.tensor(counts, device=model.device)
+    source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
     # Samples of one prompt alone have nothing to mask, and then the library chooses a kernel
     # (enable_gqa) that takes a CPU seven times as long and more: so there is a masked column.
     pad = int(max(counts) > 1 and model.device.type == "cpu")
-    if max(counts) > 1:
-        logits = logits.repeat_interleave(repeats, 0)
-        for layer in cache.layers:
-            layer.repeat(repeats, pad)
-    alive = torch.arange(sum(counts))  # the sequence that each row of the batch belongs to
-    position = mask.sum(-1).repeat_interleave(repeats)  # (rows,): of the next token
-    mask = F.pad(mask.repeat_interleave(repeats, 0), (pad, 0))
-    columns = mask.shape[1]
-    mask = F.pad(mask, (0, max_new_tokens), value=1)
     for layer in cache.layers:
-        layer.reserve(columns + max_new_tokens)
+        layer.spread(source, pad, max_new_tokens)
+    logits, mask = logits[source], F.pad(mask[source], (pad, 0))
+    position, columns = mask.sum(-1), mask.shape[1]  # position (rows,): of the next token
+    mask = F.pad(mask, (0, max_new_tokens), value=1)
+    alive = torch.arange(len(source))  # the sequence that each row of the batch belongs to
     uniforms = torch.tensor(uniforms, device=model.device)
     # Making a graph takes as long as two steps without one.
     use_graph = max_new_tokens > 4 and can_be_captured(model)
@@ -618,8 +586,7 @@ def speed(tokens: int, started: float, device) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this error says that a batch was too large for the memory of the device."""
-    told = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
-    return isinstance(error, RuntimeError) and told
+    return any(text in str(error) for text in ("out of memory", "can't allocate memory"))
 
 
 def generate(
@@ -638,8 +605,8 @@ def generate(
     rounding of a matrix product depends on the batch's shape, and changes a few per cent of them.
 
     Batches are sorted by length and hold at most token_budget columns x rows with every response
-    at full length; out of memory halves it and the unfinished go again. on_done(prompt index,
-    sample, ids) is called as each sequence ends. progress: a label for a bar, or None.
+    at full length; out of memory halves it and the unfinished go again. on_done(key of the
+    prompt, sample, ids) is called as each sequence ends. progress: a label for a bar, or None.
     """
     check_length(model, prompts, max_new_tokens)
     keys = range(len(prompts)) if keys is None else keys
@@ -670,7 +637,7 @@ def generate(
                         if token in eos_ids or len(drawn[s]) == max_new_tokens:
                             i, j = batch[s]
                             results[i][j] = drawn[s]
-                            on_done(i, j, drawn[s])
+                            on_done(keys[i], j, drawn[s])
                             bar.update()
                     new_tokens += len(step)
                     if not bar.disable:  # a GPU takes long to say its memory
@@ -687,34 +654,31 @@ def generate(
 def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -> dict:
     """generate(), kept in a file as it goes; returns {(key, sample): ids} of all that is in it.
 
-    keys: the numbers of the prompts. Every sequence is appended to the file `part` as it ends, and
-    what a stopped run left there is not made again. InputError if that run had other `settings`,
-    which are its first line. part = None keeps nothing.
+    keys: the numbers of the prompts to sample from. Every sequence is appended to the file `part`
+    as it ends, and what a stopped run left there is not made again. InputError if that run had
+    other `settings` or prompts, of which the first line tells. part = None keeps nothing.
     """
     check_length(model, prompts, options["max_new_tokens"])
-    part = Path(part or os.devnull)
-    rows = read_jsonl(part, torn_ok=True)
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    settings = settings | {"set of prompts": digest}
+    rows = read_jsonl(part, torn_ok=True) if part and os.path.exists(part) else []
     for name, value in settings.items() if rows else ():
         if rows[0].get(name) != value:
             raise InputError(f"{part} is of a run with another {name} ({rows[0].get(name)!r}, now "
                              f"{value!r}): delete it or choose another output file")
     drawn = {(row["key"], row["sample"]): row["ids"] for row in rows[1:]}
-    todo = [i for i, key in enumerate(keys) if any((key, j) not in drawn for j in range(n))]
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "a", encoding="utf-8") as file:
+    todo = [key for key in keys if any((key, j) not in drawn for j in range(n))]
+    if part:
+        write_jsonl(part, rows or [settings])  # again, without a last line that was torn
+    with open(part or os.devnull, "a", encoding="utf-8") as file:
 
-        def keep(at, j, ids):
-            """Append sequence j of the prompt todo[at], unless the file has it already."""
-            key = keys[todo[at]]
-            if (key, j) not in drawn:  # of a prompt whose samples were half done
-                drawn[key, j] = ids
-                print(json.dumps({"key": key, "sample": j, "ids": ids}), file=file, flush=True)
+        def keep(key, j, ids):
+            """Append a sequence. (Of a prompt that was half done, some are there twice.)"""
+            drawn[key, j] = ids
+            print(json.dumps({"key": key, "sample": j, "ids": ids}), file=file, flush=True)
 
-        if not rows:
-            print(json.dumps(settings), file=file, flush=True)
         if todo:  # no empty bar
-            generate(model, [prompts[i] for i in todo], n=n, keys=[keys[i] for i in todo],
-                     on_done=keep, **options)
+            generate(model, [prompts[k] for k in todo], n=n, keys=todo, on_done=keep, **options)
     return drawn
 
 
@@ -724,16 +688,10 @@ def ask(out, model, tokenizer, questions, instruction, progress, token_budget, *
     Returns ({(question number, sample): ids}, stop ids). options: as generate() takes them.
     """
     prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
-    settings = options | {"model": model.name_or_path, "set of prompts": fingerprint(prompts)}
-    options |= dict(eos_ids=stop_ids(model, tokenizer), token_budget=token_budget)
+    settings, stops = options | {"model": model.name_or_path}, stop_ids(model, tokenizer)
     drawn = generate_to(out and f"{out}.part", settings, model, prompts, range(len(prompts)),
-                        progress=progress, **options)
-    return drawn, options["eos_ids"]
-
-
-def fingerprint(prompts) -> str:
-    """Tells lists of prompts apart: a stopped run must not go on with other questions."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+                        eos_ids=stops, token_budget=token_budget, progress=progress, **options)
+    return drawn, stops
 
 
 def check_length(model, prompts, max_new_tokens: int) -> None:
@@ -761,8 +719,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if told else super()._get_help_string(action)
 
 
-def add_model_arguments(parser) -> None:
-    """The flags that all scripts share: which model, where, and how it is asked."""
+def model_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts share: which model, where, and how it is asked."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Help)
     flag = parser.add_argument_group("model").add_argument
     flag("--model", default="tiny", help="tiny, a folder or a hub name")
     flag("--instruction", help="text added to every question (default: none for the embedded "
@@ -774,6 +733,7 @@ def add_model_arguments(parser) -> None:
          help="arithmetic; auto is bfloat16 where the processor is fast at it")
     flag("--token-budget", type=int, default=TOKEN_BUDGET,
          help="most tokens in one sampling batch; lower it if memory is short")
+    return parser
 
 
 def add_question_arguments(parser, split: str) -> None:
@@ -787,19 +747,6 @@ def add_question_arguments(parser, split: str) -> None:
     flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
     flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
     flag("--seed", type=int, default=0, help="same seed, same samples")
-
-
-def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
-    """Print one answer as it comes. Half a UTF-8 character waits for its other half."""
-    ids, shown, stops = [], "", stop_ids(model, tokenizer)
-    with packed_weights(model):
-        for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
-            ids += [token] if token not in stops else []
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-    print()
 
 
 def sample_file(model, tokenizer, questions, args, options: dict) -> None:
@@ -831,16 +778,14 @@ def sample_row(tokenizer, question, instruction, response, stops, kind="full", s
 
 def main(argv=None):
     """Parse the flags; answer one prompt, or write samples for a file of questions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser = model_parser(__doc__)
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
     add_question_arguments(parser, split="train")
-    add_model_arguments(parser)
     args = parser.parse_args(argv)
-    if bool(args.prompt) == bool(args.data) or (args.data and not args.out):
+    if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
-    if args.out and (args.prompt or Path(args.out).exists()):
-        raise InputError("--out belongs to --data" if args.prompt else
-                         f"{args.out} exists already: delete it or choose another --out")
+    if args.out and Path(args.out).exists():
+        raise InputError(f"{args.out} exists already: delete it or choose another --out")
     fill_defaults(args)
     # A bad file is told before a model is loaded.
     questions = args.data and load_questions(args.data, args.split, args.limit)
@@ -848,11 +793,16 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     if args.data:
         return sample_file(model, tokenizer, questions, args, options)
-    prompt = prompt_ids(tokenizer, args.prompt, args.instruction)
+    prompt, stops = prompt_ids(tokenizer, args.prompt, args.instruction), stop_ids(model, tokenizer)
     check_length(model, [prompt], args.max_new_tokens)
-    for j in range(args.n):
-        uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]
-        stream(model, tokenizer, prompt, uniforms, options)
+    shown = TextStreamer(tokenizer, skip_special_tokens=True)
+    with packed_weights(model):
+        for j in range(args.n):
+            uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]
+            for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
+                if token not in stops:
+                    shown.put(torch.tensor([token]))
+            shown.end()
 
 
 if __name__ == "__main__":

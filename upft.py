@@ -27,14 +27,12 @@ from tqdm import tqdm
 
 import evaluate
 import sample
-from sample import InputError, read_jsonl, write_jsonl
+from sample import InputError, model_parser, read_jsonl, write_jsonl
 
 # Section 3.3: closes the user turn of a prefix example, in training only. It lets the model keep
 # apart "begin a solution" from "solve it", so that short targets do not teach short answers.
-SUFFIX = (
-    "Please provide the initial step towards resolving the question. "
-    "This step may serve as a foundation but might not encompass the entire solution."
-)
+SUFFIX = ("Please provide the initial step towards resolving the question. This step may serve as "
+          "a foundation but might not encompass the entire solution.")
 # What suits the embedded model, chosen on development questions; and the paper's values (Table 3;
 # the batch is its code's).
 TINY_DEFAULTS = dict(lr=1e-5, batch_size=16, checkpointing=False, data="tiny", eval_data="tiny")
@@ -61,38 +59,27 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     are appended to samples.jsonl.part, from where a stopped run goes on.
     """
     kinds = choose_kinds(len(questions), args.structure, args.seed)
-    filtered = args.method == "rft" or args.label_filter
-    n = args.samples if filtered else 1
+    n = args.samples if args.label_filter else 1
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
-    # Whether an answer is right shows only at its end.
-    drawn_as = ["full"] * len(questions) if filtered else kinds
     for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
-        keys = [i for i in range(len(questions)) if drawn_as[i] == kind]
+        # Whether an answer is right shows only at its end.
+        keys = [i for i, k in enumerate(kinds) if kind == ("full" if args.label_filter else k)]
         # It returns all that the file holds: after the second pass, both kinds.
         drawn = sample.generate_to(
-            part, {"set of prompts": sample.fingerprint(prompts)}, model,
-            [prompts[i] for i in keys], keys, n=n, max_new_tokens=limit, eos_ids=stops,
+            part, {}, model, prompts, keys, n=n, max_new_tokens=limit, eos_ids=stops,
             temperature=args.temperature, seed=args.seed, token_budget=args.token_budget,
             progress=f"sample {kind}")
-    seconds = time.perf_counter() - started
-    rows = []
+    rows, tokens = [], sum(map(len, drawn.values()))
+    cost = {"sampled_tokens": tokens} | stage_cost("sampling", started, tokens, model, args)
     for i, question in enumerate(questions):
-        responses = [drawn[i, j] for j in range(n)]
-        if filtered:
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            graded = [evaluate.grade(text, question["answer"])["correct"] for text in texts]
-            responses = [ids for ids, right in zip(responses, graded) if right]
-        if responses:
-            rows.append(training_row(tokenizer, question, responses[0], kinds[i], stops, args))
-    tokens = sum(map(len, drawn.values()))
-    return rows, {
-        "sampled_tokens": tokens, "sampling_seconds": seconds,
-        "sampling_tokens_per_second": None if args.resume else tokens / seconds,
-        "sampling_peak_gib": sample.peak_memory(model.device, reset=True),
-        "questions": len(questions), "dropped_questions": len(questions) - len(rows),
-    }
+        for ids in (drawn[i, j] for j in range(n)):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if not args.label_filter or evaluate.grade(text, question["answer"])["correct"]:
+                rows.append(training_row(tokenizer, question, ids, kinds[i], stops, args))
+                break
+    return rows, cost
 
 
 def training_row(tokenizer, question, response, kind, stops, args) -> dict:
@@ -105,16 +92,14 @@ def training_row(tokenizer, question, response, kind, stops, args) -> dict:
 
 def completion_text(row: dict) -> str | None:
     """The text of a line's completion, be it text or chat messages; None if it is neither."""
-    text = row.get("completion")
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        text = text[-1].get("content")
-    return text if sample.is_text(text) else None
+    match row.get("completion"):
+        case str(text) | [*_, {"content": str(text)}] if sample.is_text(text):
+            return text
 
 
 def check_sample(row: dict) -> str | None:
     """What is wrong with a line of --samples-from, or None."""
-    ids = row.get("response_ids")
-    usable = completion_text(row)
+    ids, usable = row.get("response_ids"), completion_text(row)
     if "response_ids" in row:  # made here
         usable = {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
         usable = usable and all(isinstance(i, int) and i >= 0 for i in ids)
@@ -139,17 +124,14 @@ def read_samples(tokenizer, args) -> list[dict]:
     for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
         ids = row.get("response_ids")
         if ids is None:
-            finished = row.get("finished", row.get("kind") != "prefix")
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
-            ids += [end] * finished
+            ids += [end] * row.get("finished", row.get("kind") != "prefix")
         new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
         if "response_ids" in row and (
                 row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
                              "--instruction and --template give")
         made.append(row if "response_ids" in row else new)
-    if not made:
-        raise InputError(f"{args.samples_from} holds no samples")
     return made
 
 
@@ -272,9 +254,8 @@ class SplitAdamW:
         zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype).view(-1) for p in self.parameters]
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
         device = self.parameters[0].device.type
-        self.update = split_adamw
         # Elements at a time, so that float32 copies stay in a CPU's caches, and small on a GPU.
-        self.chunk = 1 << 18 if device == "cpu" else 1 << 24
+        self.update, self.chunk = split_adamw, (1 << 18 if device == "cpu" else 1 << 24)
         if device == "cuda" and find_spec("triton") and (which("gcc") or which("clang")):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
             self.update, self.chunk = torch.compile(split_adamw, dynamic=True), 1 << 40
@@ -295,26 +276,24 @@ class SplitAdamW:
     def step(self, lr: float) -> None:
         """One update of all weights from their .grad, with bias correction, without decay."""
         self.steps += 1
-        device = self.parameters[0].device
+        rates = lr / (1 - BETAS[0] ** self.steps), 1 - BETAS[1] ** self.steps
         # As tensors, because a compiled update would be compiled again for another number.
-        rate = torch.tensor(lr / (1 - BETAS[0] ** self.steps), device=device)
-        correction = torch.tensor(1 - BETAS[1] ** self.steps, device=device)
+        rates = [torch.tensor(x, device=self.parameters[0].device) for x in rates]
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
             if p.grad is None:
                 continue
             tensors = (p.view(-1), p.grad.view(-1), *state)
             for part in zip(*(t.split(self.chunk) for t in tensors)):
-                self.update(*part, rate, correction)
+                self.update(*part, *rates)
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
-        return {"lost": self.lost, "m": self.m, "v": self.v, "steps": self.steps}
+        return {"tensors": self.lost + self.m + self.v, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up where state_dict() was made."""
-        for name in ("lost", "m", "v"):
-            for mine, saved in zip(getattr(self, name), state[name]):
-                mine.copy_(saved)
+        for mine, saved in zip(self.lost + self.m + self.v, state["tensors"]):
+            mine.copy_(saved)
         self.steps = state["steps"]
 
 
@@ -359,9 +338,10 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     model.train()
     if args.checkpointing:
         enable_checkpointing(model)
-    bar = tqdm(total=len(plan), initial=len(losses), desc="train", unit="step", disable=None)
+    bar = tqdm(range(len(losses), len(plan)), desc="train", total=len(plan), initial=len(losses),
+               unit="step", disable=None)
     done_tokens, started = 0, time.perf_counter()
-    for step in range(len(losses), len(plan)):
+    for step in bar:
         batch = [examples[i] for i in plan[step]]
         loss = backward(model, batch, args.micro_batch, args.weighting)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
@@ -375,10 +355,8 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         done_tokens += sum(map(length, batch))
         bar.set_postfix_str(
             f"loss {loss:.3f}, {sample.speed(done_tokens, started, model.device)}", False)
-        bar.update()
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < len(plan):
             save_checkpoint(folder, model, optimizer, losses)
-    bar.close()
     if not all(p.isfinite().all() for p in parameters):  # by the last update
         raise InputError(f"training diverged in its last step. Lower --lr (now {args.lr})")
     model.eval()
@@ -390,8 +368,7 @@ def enable_checkpointing(model) -> None:
 
     It acts in training mode only. The method has two names across versions 5.x of the library.
     """
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
 
@@ -433,10 +410,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
 
 def parse_arguments(argv=None):
     """The flags, with the values that suit the model where they were not given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=sample.Help)
-    yes_no = argparse.BooleanOptionalAction
-    sample.add_model_arguments(parser)
+    parser, yes_no = model_parser(__doc__), argparse.BooleanOptionalAction
     flag = parser.add_argument_group("questions").add_argument
     flag("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
     flag("--limit", type=int, help="only the first questions")
@@ -480,6 +454,7 @@ def parse_arguments(argv=None):
     sample.fill_defaults(args, **defaults)
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
+    args.label_filter |= args.method == "rft"  # RFT: the filter on full traces
     check_arguments(args)
     if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():
         args.eval_data = args.data
@@ -488,25 +463,16 @@ def parse_arguments(argv=None):
 
 def check_arguments(args) -> None:
     """InputError for a flag that makes no sense, before any work."""
-    for name in ("structure", "warmup"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise InputError(f"--{name} must lie between 0 and 1, not {getattr(args, name)}")
     if args.save_every < 0:
         raise InputError("--save-every must not be negative")
     if args.data is None and not args.samples_from:
         raise InputError("--data is needed with --model: a prepared set or a JSONL file")
-    if args.label_filter and args.method != "upft":
-        raise InputError("--label-filter belongs to --method upft (RFT filters by itself)")
-    if args.samples_from and (args.label_filter or args.method == "rft"):
+    if args.label_filter and args.method == "sft":
+        raise InputError("--label-filter with --method sft is --method rft: ask for that")
+    if args.samples_from and args.label_filter:
         raise InputError("--samples-from takes samples as they are: filter them before")
     if args.resume and not args.out:
         raise InputError("--resume needs --out, the folder of the run that was stopped")
-
-
-def run_settings(args) -> dict:
-    """What a resumed run must not change, because it would change the result."""
-    free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
-    return {k: v for k, v in vars(args).items() if k not in free}
 
 
 def choose_folder(args) -> Path:
@@ -516,8 +482,11 @@ def choose_folder(args) -> Path:
     if args.resume:
         if not (folder / "settings.json").exists():
             raise InputError(f"--resume: no run in {folder}")
-        settings, before = run_settings(args), json.loads((folder / "settings.json").read_text())
-        changed = [f"--{k.replace('_', '-')}" for k in settings if settings[k] != before.get(k)]
+        before = json.loads((folder / "settings.json").read_text())
+        # The others would change the result.
+        free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
+        changed = [f"--{k.replace('_', '-')}" for k, v in vars(args).items()
+                   if k not in free and v != before.get(k)]
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -530,18 +499,27 @@ def write_json(path: Path, value) -> None:
     write_jsonl(path, [value], indent=1)
 
 
+def stage_cost(stage: str, started: float, tokens: int, model, args) -> dict:
+    """What a stage took. A resumed run sees its last part only, so it has no speed.
+
+    The peak is reset, so that on a GPU that of training is not that of an evaluation.
+    """
+    seconds = time.perf_counter() - started
+    return {f"{stage}_seconds": seconds,
+            f"{stage}_tokens_per_second": None if args.resume else tokens / seconds,
+            f"{stage}_peak_gib": sample.peak_memory(model.device, reset=True)}
+
+
 def get_samples(model, tokenizer, questions, given, args, folder: Path, metrics) -> list[dict]:
     """samples.jsonl: the samples that were given, or new ones; from disk where it already is."""
-    path = folder / "samples.jsonl"
+    path, asked = folder / "samples.jsonl", len(given or questions)
     if not path.exists():
-        if args.samples_from:
-            rows, cost = given, {"sampled_tokens": 0, "sampling_seconds": 0.0,
-                                 "questions": len(given), "dropped_questions": 0}
-        else:
+        rows, cost = given, {"sampled_tokens": 0, "sampling_seconds": 0.0}
+        if not given:
             rows, cost = collect(model, tokenizer, questions, args, folder)
         if not rows:
             raise InputError("no sampled answer was right, so nothing is left to train on")
-        metrics.update(cost)
+        metrics |= cost | {"questions": asked, "dropped_questions": asked - len(rows)}
         write_json(folder / "metrics.json", metrics)
         write_jsonl(path, rows)
         (folder / "samples.jsonl.part").unlink(missing_ok=True)
@@ -567,14 +545,12 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         raise InputError(f"training ran out of memory: lower --micro-batch (now "
                          f"{args.micro_batch}; at 1, take a smaller model), then --out {folder} "
                          "--resume") from None
-    seconds, processed = time.perf_counter() - started, args.epochs * sum(map(length, examples))
-    metrics |= {
+    processed = args.epochs * sum(map(length, examples))
+    metrics |= stage_cost("training", started, processed, model, args) | {
         "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
         "tuned_tokens": sum(len(e["response"]) for e in examples),
-        "processed_tokens": processed, "training_seconds": seconds,
-        "training_tokens_per_second": None if args.resume else processed / seconds,
-        "training_peak_gib": sample.peak_memory(model.device, reset=True), "train_loss": losses,
+        "processed_tokens": processed, "train_loss": losses,
     }
     try:
         model.save_pretrained(folder / "model.tmp")
@@ -586,9 +562,9 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     few = math.ceil(len(losses) / 10)
-    print(f"trained {len(losses)} steps on {len(examples):,} examples in {seconds:.1f} s, mean "
-          f"loss of the first {few} steps {np.mean(losses[:few]):.3f}, of the last "
-          f"{np.mean(losses[-few:]):.3f} -> {folder / 'model'}")
+    print(f"trained {len(losses)} steps on {len(examples):,} examples in "
+          f"{metrics['training_seconds']:.1f} s, mean loss of the first {few} steps "
+          f"{np.mean(losses[:few]):.3f}, the last {np.mean(losses[-few:]):.3f} -> {folder}/model")
     return model
 
 
@@ -598,13 +574,10 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     options = {k: getattr(args, k) for k in ("max_new_tokens", "instruction", "token_budget")}
     rows = read_jsonl(path) if path.exists() else evaluate.evaluate(
         model, tokenizer, held_out, out=path, label=f"evaluate {name}", **options)
-    metrics[name], seconds = evaluate.summarize(rows), time.perf_counter() - started
-    metrics.setdefault(f"{name}_evaluation_seconds", seconds)
-    speed = None if args.resume else sum(row["tokens"] for row in rows) / seconds
-    metrics.setdefault(f"{name}_evaluation_tokens_per_second", speed)
-    # Reset here as well, so that on a GPU the peak of training is not that of an evaluation.
-    peak = sample.peak_memory(model.device, reset=True)
-    metrics.setdefault(f"{name}_evaluation_peak_gib", peak)
+    tokens = sum(row["tokens"] for row in rows)
+    cost = stage_cost(f"{name}_evaluation", started, tokens, model, args)
+    # What an earlier part of the run has noted stays.
+    metrics |= cost | metrics | {name: evaluate.summarize(rows)}
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
     return rows
@@ -624,9 +597,9 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     return text
 
 
-def table(metrics: dict, paired: dict) -> str:
+def table(metrics: dict) -> str:
     """The run in one small table."""
-    base, tuned = both = metrics["base"], metrics["tuned"]
+    both = metrics["base"], metrics["tuned"]
     percent = lambda name: [f"{100 * m[name]:.1f} %" for m in both]
     rows = [
         ["", "base", "tuned"],
@@ -636,43 +609,40 @@ def table(metrics: dict, paired: dict) -> str:
         ["cut off", *percent("cut_off")],
         ["without an answer", *percent("no_answer")],
     ]
-    evaluation = metrics["base_evaluation_seconds"] + metrics["tuned_evaluation_seconds"]
     return "\n".join([
         *(f"{a:<20}{b:>16}{c:>16}" for a, b, c in rows),
-        verdict(base, tuned, paired),
-        f"{metrics['sampled_tokens']:,} sampled tokens, {metrics['tuned_tokens']:,} tuned tokens "
-        f"in {metrics['examples']:,} examples ({metrics['full_examples']} full traces, "
-        f"{metrics['full_cut_off']} cut off; {metrics['dropped_questions']} questions dropped)",
-        f"seconds: sampling {metrics['sampling_seconds']:.1f}, training "
-        f"{metrics['training_seconds']:.1f}, evaluation {evaluation:.1f}"
-        + (" (a resumed run: of the last part only)" if metrics["resumed"] else ""),
-    ])
+        verdict(*both, metrics["paired"]),
+        "{sampled_tokens:,} sampled tokens, {tuned_tokens:,} tuned tokens in {examples:,} examples "
+        "({full_examples} full traces, {full_cut_off} cut off; {dropped_questions} questions "
+        "dropped)\nseconds: sampling {sampling_seconds:.1f}, training {training_seconds:.1f}, "
+        "evaluation {evaluation:.1f}".format(**metrics, evaluation=(
+            metrics["base_evaluation_seconds"] + metrics["tuned_evaluation_seconds"])),
+    ]) + (" (a resumed run: of the last part only)" if metrics["resumed"] else "")
 
 
 def main(argv=None):
     """Sample, train, save, and compare the model before and after."""
     args = parse_arguments(argv)
-    load, filtered = sample.load_questions, args.method == "rft" or args.label_filter
-    questions = [] if args.samples_from else load(args.data, "train", args.limit, filtered)
+    load = sample.load_questions
+    questions = [] if args.samples_from else load(args.data, "train", args.limit, args.label_filter)
     held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
     folder = choose_folder(args)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
-    whole = max(args.max_new_tokens, args.prefix)
     suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for rows, end, new in ((questions, "", whole), (questions, suffix, args.prefix + args.eos),
-                           (held_out, "", whole)):
+    for rows, end, new in ((questions, "", args.max_new_tokens),
+                           (held_out, "", args.max_new_tokens),
+                           (questions, suffix, args.prefix + args.eos)):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
         sample.check_length(model, prompts, new)
     given = read_samples(tokenizer, args) if args.samples_from else []
     sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", run_settings(args))
+    write_json(folder / "settings.json", vars(args))
     print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
-    metrics = {k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
-    if args.resume and record.exists():
-        metrics = json.loads(record.read_text())
+    metrics = json.loads(record.read_text()) if record.exists() else {
+        k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
     if "paired" not in metrics:  # the run is not over
         metrics["resumed"] = args.resume
     rows = get_samples(model, tokenizer, questions, given, args, folder, metrics)
@@ -683,7 +653,7 @@ def main(argv=None):
     after = measure("tuned", model, tokenizer, held_out, args, folder, metrics)
     metrics["paired"] = evaluate.compare(before, after)
     write_json(record, metrics)
-    print("\n" + table(metrics, metrics["paired"]))
+    print("\n" + table(metrics))
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def load(args, default_count):
     """(model, tokenizer, prompts, questions) of --model and the first questions of --data."""
     questions = sample.load_questions(args.data, "train", args.questions or default_count)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
-    text = sample.default_instruction(args.model)
+    text = "" if sample.is_tiny(args.model) else sample.INSTRUCTION
     prompts = [sample.prompt_ids(tokenizer, q["question"], text) for q in questions]
     sample.generate(model, prompts[:2], max_new_tokens=2)  # the first call of anything is slow
     return model, tokenizer, prompts, questions
@@ -350,7 +350,8 @@ def many_samples(args):
 def training_examples(args, model, tokenizer, questions, kind: str) -> list[dict]:
     """Examples as upft makes them. A full trace is the question's own solution where it has one."""
     suffix = upft.SUFFIX if kind == "prefix" else ""
-    text, eos = sample.default_instruction(args.model), sample.stop_ids(model, tokenizer)
+    text = "" if sample.is_tiny(args.model) else sample.INSTRUCTION
+    eos = sample.stop_ids(model, tokenizer)
     plain, prompts = ([sample.prompt_ids(tokenizer, q["question"], text, s) for q in questions]
                       for s in ("", suffix))  # fmt: skip
     if kind == "prefix":

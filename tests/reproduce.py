@@ -550,9 +550,8 @@ def main(argv=None):
     functions = (coverage, rollouts, openings, tables, ablations, failure, figures, pooled, real,
                  quantise)  # fmt: skip
     commands = {f.__name__: f for f in functions}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = sample.model_parser(__doc__)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("command", choices=commands)
     flag("--data", default="tiny", help="questions to sample from and to train on")
@@ -579,7 +578,6 @@ def main(argv=None):
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
     flag("--extra", default="", help='for every run of upft.py, as in --extra="--lr 1e-6"')
-    sample.add_model_arguments(parser)
     args = parser.parse_args(argv)
     sample.fill_defaults(args)
     args.runs = args.out / args.command  # of fine-tuning

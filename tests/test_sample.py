@@ -224,7 +224,7 @@ def test_a_captured_step_gives_the_same_logits_in_bfloat16():
             tokens, position, columns = logits.argmax(-1), mask.sum(-1), mask.shape[1]
             mask = torch.nn.functional.pad(mask, (0, 3), value=1)
             for layer in cache.layers:
-                layer.reserve(columns + 3)
+                layer.spread(torch.arange(len(prompts)), 0, 3)
             if captured:
                 steps.append(sample.CapturedStep(model, cache, mask)(tokens, position, columns))
             else:
@@ -240,7 +240,7 @@ def test_rows_that_are_done_are_replaced_by_live_ones_from_the_end():
     layer.values = layer.keys + 10
     names = torch.arange(5)
     (left,) = sample.leave({1, 4}, 3, SimpleNamespace(layers=[layer]), [names])
-    assert left.tolist() == [0, 3, 2] and layer.rows == 3
+    assert left.tolist() == [0, 3, 2] and len(layer.keys) == 3
     assert layer.keys[:3, 0, 0, 0].tolist() == [0, 3, 2]
     assert layer.values[:3, 0, 1, 0].tolist() == [10, 13, 12]
 
