@@ -96,8 +96,9 @@ def read_statement(rest: str) -> str | None:
     if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! [a-z])", sentence):
         return choice[1]
     for formula in FORMULA.finditer(rest):
-        inside, start = formula[formula.lastindex], formula.start()
-        if (start == 0 or "\\" in inside and start < len(sentence)) and not has_words(inside):
+        inside, in_sentence = formula[formula.lastindex], formula.end() <= len(sentence)
+        first = formula.start() == 0
+        if (first or "\\" in inside and in_sentence) and not has_words(inside):
             return result(inside)
     number = NUMBER.search(sentence, sentence.rfind("=") + 1) or NUMBER.search(sentence)
     return result(number[0]) if number else None
@@ -151,7 +152,8 @@ UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉�
         " frac12 frac14 frac34 frac13 frac23").split())} | {"—": " - ", "°": r"^\circ ", "ℝ": "R"})
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\!|\{,\}(?=\d{3})", ""),                             # 10,\!000 and 10{,}000
-    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\b)|[~\s])+", " "),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\b)|~", " "),
+    (r"\s{3,}", "  "),                                  # long runs would cost n^4 below
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"^\s*(?:\\[(\[]|\*\*)|(?:\\[)\]]|\*\*)\s*$|`|\\?\$|[€£¥]", ""),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"), (r"\\varnothing", r"\\emptyset"),
@@ -170,7 +172,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\d.^_])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\\frac{\2}{\3})"),     # 11 1/2
     (r"(?<![\w.^}])(\d+)\s*(\\frac\s*(?:\d\s*\d|\{\s*\d+\s*\}\s*\{\s*\d+\s*\}))", r"(\1+\2)"),
     (r"(?<=\d) (?=\d{3}(?: \d{3})*(?![\d.]))(?<!\d{4} )", ""))]             # 10 000
-WORD = re.compile(r"\\(?:text[a-z]*|[mh]box|mathrm|emph)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+WORD = re.compile(r"\\(?:text(?!su[bp])[a-z]*|[mh]box|mathrm|emph)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
                   r"|(?<![\\A-Za-z\d{}_'])[A-Za-z][A-Za-z']+\.?"
                   r"|(?<=\d)(?:[A-Za-z]{4,}|[kcm]m|kg|mph|ft|hrs?|[ap]m)\b")
 QUOTED = re.compile(r'[/"]*"([^"]*)"(?:\s*\^\s*(?:\{[^{}]*\}|-?\d))?')
@@ -521,9 +523,14 @@ def majority_is_correct(completions: list[dict]) -> bool:
 
     Answers that is_correct calls equal vote together; completions without an answer do not vote.
     """
-    answers = [completion["prediction"] or "" for completion in completions]
-    votes = [sum(is_correct(other, answer) for other in answers) for answer in answers]
-    return completions[votes.index(max(votes))]["correct"]
+    votes = []                                          # [[completion, its equals ...], ...]
+    for completion in completions:
+        answer = completion["prediction"]
+        if same := next((v for v in votes if is_correct(answer, v[0]["prediction"])), None):
+            same.append(completion)
+        elif answer is not None:
+            votes.append([completion])
+    return bool(votes) and max(votes, key=len)[0]["correct"]
 
 
 def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:

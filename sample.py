@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn import Linear, functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
@@ -403,19 +403,20 @@ def packed_weights(model):
     """While it lasts, a CPU multiplies by copies of the weights that lie in the order it reads in.
 
     Otherwise every call puts its weight into that order anew, which with the 64 rows of a decoding
-    step takes a fifth (bfloat16) to a third (float32) of the time. The products are the same, in
-    bfloat16 bit for bit. The copies go at the end, because training changes the weights.
+    step takes a fifth (bfloat16) to a third (float32) of the time. Products are the same up to
+    rounding, in bfloat16 nearly all bit for bit. The copies, as large as the weights, go at the
+    end, because training changes those.
     """
-    layers = [m for m in model.modules() if type(m) is Linear] if can_be_packed(model) else []
-    for layer in layers:
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64)
-        layer.forward = lambda hidden, weight=packed, bias=layer.bias: (
-            torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], ""))
+    layers = [m for m in model.modules() if type(m) is Linear and "forward" not in vars(m)]
     try:
+        for layer in layers if can_be_packed(model) else ():
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64)
+            layer.forward = lambda hidden, weight=packed, bias=layer.bias: (
+                torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], ""))
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own is back
+            vars(layer).pop("forward", None)  # the class's own is back
 
 
 def pick(logits: torch.Tensor, uniforms, temperature: float, top_p: float = 1.0) -> torch.Tensor:
@@ -655,8 +656,9 @@ def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -
     """generate(), kept in a file as it goes; returns {(key, sample): ids} of all that is in it.
 
     keys: the numbers of the prompts to sample from. Every sequence is appended to the file `part`
-    as it ends, and what a stopped run left there is not made again. InputError if that run had
-    other `settings` or prompts, of which the first line tells. part = None keeps nothing.
+    as it ends, and prompts of which a stopped run left all samples there are not asked again.
+    InputError if that run had other `settings` or prompts, of which the first line tells. part =
+    None keeps nothing.
     """
     check_length(model, prompts, options["max_new_tokens"])
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
@@ -749,6 +751,18 @@ def add_question_arguments(parser, split: str) -> None:
     flag("--seed", type=int, default=0, help="same seed, same samples")
 
 
+def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
+    """Print one answer as it comes. Half a UTF-8 character waits for its other half."""
+    ids, shown, stops = [], "", stop_ids(model, tokenizer)
+    for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
+        ids += [token] if token not in stops else []
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
 def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
     drawn, stops = ask(args.out, model, tokenizer, questions, args.instruction, "sample",
@@ -793,16 +807,12 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens")}
     if args.data:
         return sample_file(model, tokenizer, questions, args, options)
-    prompt, stops = prompt_ids(tokenizer, args.prompt, args.instruction), stop_ids(model, tokenizer)
+    prompt = prompt_ids(tokenizer, args.prompt, args.instruction)
     check_length(model, [prompt], args.max_new_tokens)
-    shown = TextStreamer(tokenizer, skip_special_tokens=True)
     with packed_weights(model):
         for j in range(args.n):
             uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]
-            for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
-                if token not in stops:
-                    shown.put(torch.tensor([token]))
-            shown.end()
+            stream(model, tokenizer, prompt, uniforms, options)
 
 
 if __name__ == "__main__":

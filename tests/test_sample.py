@@ -157,6 +157,9 @@ def test_packed_weights_give_the_same_tokens_and_go(family, dtype, monkeypatch):
             with pytest.raises(KeyboardInterrupt), sample.packed_weights(model):
                 raise KeyboardInterrupt
             assert not packed()
+            with sample.packed_weights(model), sample.packed_weights(model):
+                pass  # the inner one finds nothing to pack
+            assert not packed()
         for layer in layers:
             layer.weight.data.mul_(-1)
 
