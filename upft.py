@@ -483,7 +483,7 @@ def choose_folder(args) -> Path:
         if not (folder / "settings.json").exists():
             raise InputError(f"--resume: no run in {folder}")
         before = json.loads((folder / "settings.json").read_text())
-        # The others would change the result.
+        # These may change between parts of a run: its result does not, beyond rounding.
         free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
         changed = [f"--{k.replace('_', '-')}" for k, v in vars(args).items()
                    if k not in free and v != before.get(k)]
