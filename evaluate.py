@@ -26,13 +26,15 @@ from sample import InputError, model_parser
 
 BOX_OR_BRACE = re.compile(r"(?:boxed|fbox)\s*\{|\\(?!boxed|fbox).|[{}]", re.S)
 BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{)([^\s$]+)")
-HASHES = re.compile(r"^[ \t]*####[ \t]*(?![A-Za-z]{2}|\d+[.):][ \t]+\S)(\S[^\n]*)", re.M)
+HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(?![*_]*(?:[A-Za-z]{2}|\d+[.):][ \t]+\S))(\S[^\n]*)",
+                    re.M)
 PHRASE = re.compile(
-    r"(?i)(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)[^.\n:=]{0,60}?"
+    r"(?i)(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)(?:(?!, (?:we|I)\b)[^.\n:=]){0,60}?"
     r"(?:\b(?:is|was|would be|equals)\b|[:=：是为])"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|given by|option|choice)\b)?[\s:*_,]*")
 NUMBER = re.compile(
-    r"(?:(?<![\w)\]}$])-)?(?:\\?[$€£]\s?)?(?<![\d.])-?(?:\\[dtc]?frac\s*\{-?\d+\}\s*\{\d+\}"
+    r"(?:(?<![\w)\]}$])-|\bnegative )?(?:\\?[$€£]\s?)?(?<![\d.])-?"
+    r"(?:\d*\\[dtc]?frac\s*\{-?\d+\}\s*\{\d+\}"
     r"|\d+:\d\d\b|\d+ \d+/\d+|(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,3}\b)?(?:/\d+)?)(?:\s?\\?%|\s(?:thousand|million|billion|trillion)\b)?")
 FORMULA = re.compile(r"\$\$?((?:\\.|[^$\\])+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -44,10 +46,10 @@ def extract_answer(text: str) -> str | None:
     r"""Return the final answer that `text` states, as written, or None if it states none.
 
     In this order: the last complete \boxed{...} or \fbox{...} (nested braces count); the last
-    "#### x"; the last "the answer is x" or its like; the last number. A box that the length limit
-    left open is not an answer, for "\boxed{12" may have been going to be 120: what stands before
-    it decides. Where the text goes on after an open box only a brace was forgotten, and the
-    box is read up to the end of its formula or line.
+    "#### x"; the last "the answer is x" or its like; the last number; words after "the answer is".
+    A box that the length limit left open is not an answer, for "\boxed{12" may have been going to
+    be 120: what stands before it decides. Where the text goes on after an open box only a brace was
+    forgotten, and the box is read up to the end of its formula or line.
     """
     text = NOTES.sub("", text.translate(UNICODE))
     boxed, text = find_boxed(text)
@@ -71,8 +73,8 @@ def find_boxed(text: str) -> tuple[str | None, str]:
     for token in BOX_OR_BRACE.finditer(text):
         if token[0] == "}":
             box = stack.pop() if stack else None
-            if box and text[box.end():token.start()].strip():
-                at, content = box.end(), text[box.end():token.start()].strip()
+            if box and (inside := text[box.end():token.start()].strip()):
+                at, content = box.end(), inside
         elif token[0][0] != "\\":
             stack.append(token if token[0] != "{" else None)
     for bare in BARE_BOX.finditer(text, at):
@@ -80,7 +82,7 @@ def find_boxed(text: str) -> tuple[str | None, str]:
     opened = next(filter(None, stack), None)
     if content or not opened:
         return content, text
-    line = re.match(r"\s*([^$\n]*[^$\n\s.*}])[.*}\s]*[$\n]", text[opened.end():])
+    line = re.match(r"\s*([^$\n]*[^$\n\s.*])[.*\s]*[$\n]", text[opened.end():])
     return (line[1], text) if line else (None, text[:opened.start()].rstrip("\\"))
 
 
@@ -90,10 +92,10 @@ def read_statement(rest: str) -> str | None:
     A sentence without words is the answer; one with words ("$18 per day.", "5 apples") holds it
     as its first choice letter, formula or number.
     """
-    sentence = re.split(r"\.(?=\s|$)|\n", rest, maxsplit=1)[0].strip()
+    sentence = re.split(r"\.(?=\s|$)|\n|\b(?:because|since)\b", rest, maxsplit=1)[0].strip()
     if re.search(r"\w", sentence) and not has_words(sentence):
         return result(sentence) or None
-    if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! [a-z])", sentence):
+    if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! ?[a-z=+*/^])", sentence):
         return choice[1]
     for formula in FORMULA.finditer(rest):
         inside, in_sentence = formula[formula.lastindex], formula.end() <= len(sentence)
@@ -105,7 +107,7 @@ def read_statement(rest: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number, or the formula around it if that is more than a number."""
+    """Return the last number, or the formula around it if that holds a LaTeX command."""
     number = next(reversed(list(NUMBER.finditer(text))), None)
     if not number:
         return None
@@ -131,8 +133,9 @@ def has_words(text: str) -> bool:
 
 
 def is_word(letters: str) -> bool:
-    """Tell a word from a product of variables."""
-    return (len(letters) > 2 or letters in SHORT_WORDS) and letters not in FUNCTION.split("|")
+    """Tell a word from a product of variables or a Roman number."""
+    return ((len(letters) > 2 or letters in SHORT_WORDS) and letters not in FUNCTION.split("|")
+            and not re.fullmatch("[IVX]+", letters))
 
 
 # ------------------------------------------------------------------ 2. normalisation
@@ -144,15 +147,21 @@ SHORT_WORDS = ("no of in is to by on at an it we sq mm cm dm km kg mg ml mL mi f
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 MONTHS = ("january february march april may june july august september october november"
           " december").split()
-POWERS = {"thousand": "03", "million": "06", "billion": "09", "trillion": "12"}
+POWERS = {"thousand": "03", "million": "06", "billion": "09", "trillion": "012"}
 UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉，（）。％\u00a0\u202f\u2009", (
     *"--//", "^2", "^3", *(f"_{digit}" for digit in range(10)), *",().%   "))) | {
     character: f"\\{command} " for character, command in zip("×·⋅√π∞∪∈≤≥≠≈±∅θ½¼¾⅓⅔", (
         "times cdot cdot sqrt pi infty cup in le ge ne approx pm emptyset theta"
-        " frac12 frac14 frac34 frac13 frac23").split())} | {"—": " - ", "°": r"^\circ ", "ℝ": "R"})
+        " frac{1}{2} frac{1}{4} frac{3}{4} frac{1}{3} frac{2}{3}").split())} | {
+    "—": " - ", "°": r"^\circ ", "ℝ": "R"})
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<!\\)\\!|\{,\}(?=\d{3})", ""),                             # 10,\!000 and 10{,}000
-    (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\b)|~", " "),
+    (r"(?<!\\)\\!\s*|\{,\}(?=\d{3})", ""),                          # 10,\!000 and 10{,}000
+    (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\s*(?:\{[^{}]*\}|-))|~", " "),
+    (r"^\s*(\\text\s*\{\s*)?(?:[Aa]n?|[Tt]he) (?!and)(?=[A-Za-z]{3})", r"\1"),  # an ellipse
+    (r"(?i)\bnegative (?=[\d\\.])", "-"), (r"(?i)\b([ap])\.m\b\.?", r"\1m"),
+    # 0.1\overline{6} = 0.1 + 6/90
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda m: "({}.{}+{}/{})".format(
+        m[1] or 0, m[2] or 0, m[3], 10**len(m[2]) * (10**len(m[3]) - 1))),
     (r"\s{3,}", "  "),                                  # long runs would cost n^4 below
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"^\s*(?:\\[(\[]|\*\*)|(?:\\[)\]]|\*\*)\s*$|`|\\?\$|[€£¥]", ""),
@@ -238,13 +247,18 @@ ARITHMETIC = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction,
 def expression(text: str) -> tuple:
     """Return the values of a LaTeX or plain expression at two points; ValueError if it is none.
 
-    Equal expressions have equal values; others differ, but for a chance of some 2^-70.
+    Expressions that agree by arithmetic have equal values, others differ, but for a chance of some
+    2^-70. What functions obey beyond that is not known (ln 4 is not 2 ln 2), and a name before a
+    bracket is a factor, unless it is a known function, f or g.
     """
+    if re.search(r"\\(?:[dt]?binom|over[lr]\w+|wide\w+|bar|dot|vec|hat)(?![a-z])", text):
+        raise ValueError("a command that is no factor")
     # The first rule that fits is applied, and again from the top, until none does.
     while rule := next((rule for rule in TO_PYTHON if rule[0].search(text)), None):
         text = rule[0].sub(rule[1], text)
     text = CALL.sub(lambda m: f" call_{m[1]}{m[2] or ''}_{(m[3] or '').replace('-', 'm')}"
                               + (f"({m[4]})" if m[4] else ""), text)
+    text = re.sub(r"(?<![A-Za-z\\])([fg])\s*(?=\()", r" call_\1_", text)      # f(2x) is not 2f(x)
     source = " ".join(TOKEN.sub(python_token, text).split())
     if re.search(r"\) ?\(\d", source):
         raise ValueError("a number right after a value")
@@ -324,11 +338,12 @@ THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3}(?:,\d{3})+)(?![\d,]\d)")
 LOOSER = [(re.compile(pattern, re.S), new) for pattern, new in (   # further readings of an answer
     (r"(-?[\dA-F]+)_\{?\w+\}?", r"\1"),                  # 2516_8 where the base goes without saying
     (r"(\d+):00", r"\1"),                                # three o'clock
-    (r"(-?[\d.,]+) [mgLsh]", r"\1"),                     # 12 m: metres, not 12 times m
-    (r"(.*)\\cdot 10\^\{(?:0\d|12)\}", r"\1"),           # 4 million, of a question in millions
+    # 12 m: metres, not 12 times m; of km/h quote_word took the km
+    (r"(-?[\d.,]+)(?: +(?:sec|[GM]B|[mgLsh])(?:\^\{?[23]\}?)?)?(?: +/ ?[smh])?", r"\1"),
+    (r"(.*)\\cdot 10\^\{0\d+\}", r"\1"),                # 4 million, of a question in millions
     (r"(.*)\\approx.*", r"\1"), (r".*\\approx(.*)", r"\1"),
     (r"\(?([A-J])(?:\)[.:]?|[.:])\s*\S.*", r"\1"),       # a choice with its text: "(C) 12"
-    (r"([^()\[\]{}]*,.*)", r"(\1)"),                     # a list in the order of the tuple
+    (r"([^()\[\]]*,.*)", r"(\1)"),                       # a list in the order of the tuple
     (r"(.*)%", r"(\1)/100"))]
 
 
@@ -338,11 +353,15 @@ def is_correct(prediction: str | None, gold: str) -> bool:
     No tolerance: decimals are rationals, and 0.33 is not 1/3. Tuples and intervals are ordered,
     with their brackets; sets and lists are not ordered. What one side leaves open may be filled in
     by the other ("5" for "x = 5", "2516" for "2516_8", "1, 2" for "(1, 2)"), but two sides that
-    both say it have to agree. A percent sign on one side only is read as a unit or as 1/100: both
-    "10" and "0.1" are right where "10%" is, since a question for a percentage is answered with
-    "10" by every second model and the field's graders strip the sign. None and "" are never right.
+    both say it have to agree; but units are dropped on both. A percent sign on one side only is
+    read as a unit or as 1/100: both "10" and "0.1" are right where "10%" is, since models answer
+    with either, and common graders drop the sign. Form is not graded: (x+1)^2 is right where its
+    expansion is asked for. None and "" are never right.
     """
     prediction = prediction or ""
+    halves = [re.findall(r"(?<![a-z])([ap])\.?m\b", s.lower()) for s in (prediction, gold)]
+    if all(halves) and halves[0] != halves[1]:          # 8 a.m. and 8 p.m.
+        return False
     if max(len(prediction), len(gold)) > 1000:           # Python's parser may not like it
         return squeeze(prediction) == squeeze(gold) != ""
     prediction, gold = clean(prediction), clean(gold)
@@ -358,10 +377,10 @@ def is_correct(prediction: str | None, gold: str) -> bool:
 def readings(text: str, loose: bool) -> set:
     """Return the canonical forms of a cleaned answer, read as it is or with good will."""
     forms = {text.replace("%", "")}
-    if text[0] not in "([":
-        forms |= {THOUSANDS.sub(lambda m: m[0].replace(",", ""), form) for form in forms}
     if loose:
         forms |= {pattern.sub(new, text) for pattern, new in LOOSER if pattern.fullmatch(text)}
+    if text[0] not in "([":
+        forms |= {THOUSANDS.sub(lambda m: m[0].replace(",", ""), form) for form in forms}
     return {canonical(form, loose) for form in forms if form.strip()}
 
 
@@ -425,7 +444,7 @@ def unordered(items: list[tuple]) -> tuple:
 
 def is_name(text: str) -> bool:
     r"""Tell whether `text` only names a quantity: x, f(x), x_1, (x, y), m\angle ABC."""
-    text = re.sub(r"_\s*(?:\w|\{[^{}]*\})|\^\s*\{-1\}", "", text)
+    text = re.sub(r"_\s*(?:\w|\{[^{}]*\})|\^\s*\{-1\}|(?<=[A-Za-z])\s*\([^()]*\)", "", text)
     return not re.search(r"[-+*/^<>=\d]|\\(?:infty|frac|sqrt|pi)(?![a-zA-Z])", text)
 
 
@@ -459,7 +478,7 @@ def squeeze(text: str) -> str:
 # ["level", "subject",] "text", "prediction", "correct", "tokens", "finished"}; with several
 # completions the last five stand in each of a list "completions".
 
-Z = 1.959964                # 95 % of a normal distribution lies within so many deviations
+Z = 1.959964                # 95 % of a normal distribution lie within so many standard deviations
 
 
 def completions_of(row: dict) -> list[dict]:
@@ -476,13 +495,14 @@ def summarize(rows: list[dict]) -> dict:
     """Return accuracy with its 95 % interval, and what explains it, of one set of predictions.
 
     n questions, `correct` right completions. The interval is Wilson's for one completion per
-    question, else a bootstrap over questions (completions of one question are not independent).
-    mean_tokens per completion; cut_off and no_answer are shares. With k > 1 completions also
-    "mean@k", "maj@k" (majority vote) and the unbiased "pass@1", "pass@2", "pass@4", ... "pass@k".
+    question (or if all questions score alike), else a bootstrap over questions, because completions
+    of one question are not independent. mean_tokens per completion; cut_off and no_answer are
+    shares. With k > 1 completions also "mean@k", "maj@k" (majority vote) and the unbiased "pass@1",
+    "pass@2", "pass@4", ... "pass@k".
     """
     completions = [completion for row in rows for completion in completions_of(row)]
     k, means = len(completions) // len(rows), question_means(rows)
-    low, high = wilson(means.sum(), len(rows)) if k == 1 else bootstrap(means)
+    low, high = bootstrap(means) if k > 1 and np.ptp(means) else wilson(means.sum(), len(rows))
     summary = {
         "n": len(rows), "correct": sum(c["correct"] for c in completions),
         "accuracy": float(means.mean()), "low": low, "high": high,
@@ -537,19 +557,20 @@ def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
     """Return what changed from a to b on the same questions: b's accuracy minus a's, paired.
 
     `won` and `lost` are the numbers (from 1) of the questions on which b is better or worse, p the
-    exact two-sided McNemar test on their counts. The 95 % interval of the difference is Newcombe's
-    for one completion per question, otherwise a bootstrap over questions.
+    exact two-sided sign test on their counts: for one completion per question, McNemar's. Then the
+    95 % interval of the difference is Newcombe's, otherwise a bootstrap over questions.
     """
     if [(r["question"], r["answer"]) for r in rows_a] != [
             (r["question"], r["answer"]) for r in rows_b]:
         raise InputError("the two files do not hold the same questions in the same order")
     a, b = question_means(rows_a), question_means(rows_b)
     won, lost = (np.flatnonzero(gain > 0) + 1 for gain in (b - a, a - b))
-    low, high = bootstrap(b - a) if "completions" in rows_a[0] | rows_b[0] else newcombe(a, b)
+    several = "completions" in rows_a[0] | rows_b[0] and np.ptp(b - a)
+    low, high = bootstrap(b - a) if several else newcombe(a, b)
     discordant = len(won) + len(lost)
     tail = sum(comb(discordant, i) for i in range(min(len(won), len(lost)) + 1))
     return {"difference": float((b - a).mean()), "low": low, "high": high,
-            "p": float(min(1, Fraction(2 * tail, 2**discordant))),
+            "p": min(1.0, 2 * tail / 2**discordant),
             "won": won.tolist(), "lost": lost.tolist()}
 
 
@@ -643,7 +664,7 @@ def print_comparison(rows_a: list[dict], rows_b: list[dict]) -> None:
     before, after = (100 * question_means(rows).mean() for rows in (rows_a, rows_b))
     print(f"{n} questions, one question = {100 / n:.2g} points\n"
           f"accuracy {before:.1f} % -> {after:.1f} %: {100 * c['difference']:+.1f} points, 95 % "
-          f"interval {100 * c['low']:+.1f} .. {100 * c['high']:+.1f}, exact McNemar p = "
+          f"interval {100 * c['low']:+.1f} .. {100 * c['high']:+.1f}, exact sign test p = "
           f"{c['p']:.2g}")
     for name in ("won", "lost"):
         print(f"{name} {len(c[name])}: {' '.join(map(str, c[name]))}")

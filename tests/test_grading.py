@@ -23,11 +23,13 @@ EQUAL = {
     "thousands": [
         ("10000", "10,000"), (r"10,\!000", "10000"), ("10{,}000", "10,000"), ("1 000 000", "1e6"),
         (r"1\,234", "1234"), (r"\$1,234.50", "1234.5"), ("2,016,532", r"2{,}016{,}532"),
-        (r"\frac{1}{29,\!322}", "1/29322"),
+        (r"\frac{1}{29,\!322}", "1/29322"), (r"11,\! 111,\! 100", "11111100"),
     ],
     "decimals": [
         ("0.5", ".5"), ("0.50", "1/2"), ("5.0", "5"), ("1.10", "1.1"), ("0.125", r"\frac18"),
-        ("-0.75", r"-\frac{3}{4}"), ("3.", "3"),
+        ("-0.75", r"-\frac{3}{4}"), ("3.", "3"), (r"0.\overline{5}", r"\frac59"),
+        (r"0.1\overline{6}", "1/6"), (r"-2.\bar{3}", "-7/3"), (r"1.\overline{09}", "12/11"),
+        ("negative 5", "-5"),
     ],
     "fractions": [
         (r"\frac{1}{2}", r"\dfrac{1}{2}"), (r"\frac{1}{2}", r"\tfrac12"), (r"\frac12", "1/2"),
@@ -40,6 +42,7 @@ EQUAL = {
     "mixed numbers": [
         (r"11\frac{1}{2}", "11.5"), ("11 1/2", r"\frac{23}{2}"), (r"1\frac23", "5/3"),
         (r"-2\frac{1}{4}", "-2.25"), (r"137 \frac{1}{2}", "137.5"),
+        ("2½", "2.5"),
     ],
     "scientific": [
         (r"1.5 \times 10^3", "1500"), ("1.5e3", "1500"), (r"6.72 \cdot 10^{-5}", ".0000672"),
@@ -50,12 +53,14 @@ EQUAL = {
         (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"12\mbox{ inches}^2", "12"),
         (r"5\ \mathrm{m}", "5"), ("60 miles per hour", "60"), ("60 miles/hour", "60"),
         (r"5\,\frac{\text{m}}{\text{s}}", "5"), ("20 square units", "20"), ("5cm", "5"),
-        ("12 m", "12"), ("0.5 L", "0.5"), ("-3 s", "-3"),
+        ("12 m", "12"), ("0.5 L", "0.5"), ("-3 s", "-3"), ("60 km/h", "60"), ("20 m^2", "20"),
+        ("30 sec", "30"), ("1,200 m", "1200"), ("200 GB", "200"), ("5 m /s", "5"),
         (r"480+480\sqrt{3}\text{ feet}", r"480(1+\sqrt{3})"), (r"9\pi \text{ sq. in.}", r"9\pi"),
         ("3.5 million", "3,500,000"), ("$2 billion", "2000000000"), ("$4 million", "4"),
         ("5 hours.", "5"),
         (r"\text{Area} = 20", "20"), ("about 20", "20"), (r"7^{\text{th}}", "7"), ("7th", "7"),
         (r"840\text{ square inches}", "840 sq in"), ("3:00 PM", "3"), ("40 min", "40"),
+        ("8:34 p.m.", r"8\!:\!34 \text{ p.m.}"), ("8:34", "8:34 PM"),
     ],
     "degrees and percent": [
         (r"90^\circ", "90"), (r"90^{\circ}", "90°"), (r"90\degree", "90 degrees"),
@@ -69,7 +74,7 @@ EQUAL = {
         (r"x \in [1,2]", "[1,2]"), ("(x,y) = (1,2)", "(1, 2)"), ("2+3=5", "5"),
         ("x = 3 + 2 = 5", "5"), (r"m\angle ABC = 30^\circ", "30"),
         (r"\frac{1}{3}\approx 0.33", "1/3"),
-        ("AB = 9", "9"),
+        ("AB = 9", "9"), ("f(3) = 10", "10"), ("P(X = 2) = 1/4", "0.25"),
     ],
     "roots and pi": [
         (r"\sqrt{3}", r"\sqrt3"), (r"\sqrt{3}", "sqrt(3)"), (r"\sqrt{3}", "√3"),
@@ -106,6 +111,7 @@ EQUAL = {
         ("1, 2, and 3", "1,2,3"), ("-2 or 3", "3, -2"), (r"2 \text{ and } 5", "2,5"),
         ("x=1, x=2", "1, 2"), (r"\pm 3", "3, -3"), (r"1 \pm \sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
         (r"\emptyset", r"\{\}"), (r"\varnothing", "∅"), ("3:2", "3 : 2"), ("x=1, y=2", "(1,2)"),
+        (r"m = \frac{3}{2}, b = -13", r"\left( \frac{3}{2}, -13 \right)"),
         (r"\text{B, C}", "B,C"), (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
     ],
     "matrices": [
@@ -113,11 +119,13 @@ EQUAL = {
         (r"\begin{pmatrix} 1/2 \\ 0 \end{pmatrix}", r"\begin{pmatrix}\frac{1}{2}\\0\end{pmatrix}"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{array}{c} 1 \\ 2 \end{array}\right]"),
+        (r"\begin{pmatrix}1&\phantom -1\end{pmatrix}", r"\begin{pmatrix}1&1\end{pmatrix}"),
     ],
     "words and choices": [
         (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("(C)", "C"), (r"\text{(C)}", "C"),
         (r"\textbf{(C)}", "(C)"), ("C", "(C) 12"), (r"\text{no solution}", "no solution"),
         ("October 30", r"\text{October 30}"), (r"\mathrm{yes}", "Yes"), (r"\text{C}", "C."),
+        (r"\text{ellipse}", "an ellipse"), ("A and B", "B, A"), ("I, II, III", "III, II and I"),
     ],
     "bases": [("2516_8", "2516_{8}"), ("2516_8", "2516"), (r"1204_{\text{nine}}", "1204")],
 }
@@ -157,7 +165,10 @@ DIFFERENT = [
     ("x_1", "x_2"), ("x_1", "x"), ("f(x)=x", "f(x)=2x"), ("9^{9^{9}}", "9^{9^{8}}"),
     ("12 m", "12 h"), ("12m", "12"), ("12 m", "12 + m"),
     ("2^{3+4}", "127"), ("x^{3/2}", r"\sqrt{x}"), ("x^{-3/2}", r"\frac{\sqrt{x}}{x}"),
-    ("2^{3-4}", "2^{4-3}"),
+    ("2^{3-4}", "2^{4-3}"), ("f(4-x)", "-f(x-4)"), ("f(2x)", "2f(x)"), ("a circle", "a line"),
+    (r"0.\overline{3}", r"0.\overline{6}"), (r"0.\overline{9}", "0"), ("I, II, III", "I, II"),
+    (r"\binom{n}{k}", r"\binom{k}{n}"), ("8 a.m.", "8 p.m."), ("8pm", "8am"), (r"8:34 \text{ AM}", "8:34 PM"),
+    (r"3 \cdot 10^{12}", "3"), ("3 trillion", "30"), ("6/h", "6"), (r"\{1,2\}", "[1,2]"),
 ]
 
 
@@ -210,9 +221,11 @@ EXTRACTED = [
     (r"\boxed{", None), (r"So $\boxed{42$ dollars.", "42"), ("\\boxed{42\nThat is all.", "42"),
     (r"I get 5. \boxed{\frac{1}{2", "5"), (r"It is 304. The answer is \boxed{30", "304"),
     (r"It is 304. The answer is $\fbox{", "304"), (r"The answer is \boxed{", None),
+    (r"So $\boxed{\frac{3}{4}$.", "3/4"), (r"So $\boxed{\text{Evelyn}$.", "Evelyn"),
     # hashes
     ("She has 3.\n#### 18", "18"), ("#### 1,200", "1200"), ("#### $5.00", "5"), ("####7", "7"),
     ("#### 5 apples", "5"), ("#### 4\n#### 6\nthe end, 9", "6"), ("#### -3", "-3"),
+    ("#### **Step 1: Add**\n3 + 4 = 7", "7"), ("##### Step 3\nIt is 8.", "8"), ("#### **6**", "6"),
     ("#### Step 2: add\n3 + 4 = 7", "7"), ("#### 1. Add the numbers\nWe get 12.", "12"),
     ("<<3*6=18>>18 eggs\n#### 18", "18"), ("It costs <<2*3=6>>6 in all", "6"), ("#### 1/2", "1/2"),
     # the answer is ...
@@ -233,6 +246,10 @@ EXTRACTED = [
     ("The answer is Tuesday.", "Tuesday"), ("The answer is that she has 8 left.", "8"),
     ("I hope the answer is correct. 3 + 4 = 7", "7"), ("The answer is .5", "0.5"),
     ("The answer is 5 or 6.", "5, 6"), ("答案是 12。", "12"), ("The answer is 3/4 of it.", "3/4"),
+    ("The answer is 7 because 7 x 2 = 14.", "7"), ("The answer is negative 5.", "-5"),
+    ("The answer is A = 25 square units.", "25"), ("The answer is 2½ hours.", "2.5"),
+    ("To find the answer, we see how much he has, which is $5. He has $12 left.", "12"),
+    ("The answer, in dollars, is 5. He bought 7.", "5"),
     ("The answer is $\\$ 251.60$.", "251.60"), ("The answer is 3 million.", "3 million"),
     ("The answer is $x=3$ or $x=-2$.", "x = 3, x = -2"), ("The answer is 2 and 5.", "2, 5"),
     ("The correct answer is option C.", "C"), ("The answer is 42</s>", "42"),
@@ -247,7 +264,7 @@ EXTRACTED = [
     (r"Hence $x = 3\sqrt{2}$.", r"3\sqrt2"), ("1, 2, 3", "3"), ("It is 5.", "5"),
     ("It is 12,", "12"),
     ("Total = **72**", "72"), ("18 eggs\n\n", "18"), ("pages 10–15", "15"),
-    ("It is 6.5 kg.", "6.5"),
+    ("It is 6.5 kg.", "6.5"), ("She needs 2½ hours.", "5/2"),
     # nothing
     ("", None), ("   \n", None), ("I do not know.", None), ("no numbers here", None),
 ]
