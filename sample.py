@@ -37,7 +37,7 @@ DATA = Path(__file__).resolve().parent / "data"
 TINY = DATA / "tiny"  # the embedded model and its questions
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # columns x rows that are read at once
-TOKEN_BUDGET = 32768  # columns x rows of one batch; a 7B keeps 56 KB of bf16 cache a token: 1.9 GB
+TOKEN_BUDGET = 32768  # columns x rows of one batch; Qwen2.5-7B's cache takes 56 KB each: 1.9 GB
 
 
 class InputError(Exception):
@@ -84,9 +84,9 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
             row = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
-        wrong = check(row) if check and isinstance(row, dict) else None
-        if wrong or not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: {wrong or 'expected a JSON object {...}'}")
+        wrong = check and check(row) if isinstance(row, dict) else "expected a JSON object {...}"
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong}")
         rows.append(row)
     if check and not rows:
         raise InputError(f"{path} holds no questions")
@@ -105,8 +105,8 @@ def write_jsonl(path, rows, indent=None) -> None:
 
 def is_text(value) -> bool:
     """Whether this is a string that says something, and holds no half of a surrogate pair."""
-    is_string = isinstance(value, str) and value.strip()
-    return bool(is_string) and value == value.encode(errors="ignore").decode()
+    return (isinstance(value, str) and value.strip() != ""
+            and value == value.encode(errors="ignore").decode())
 
 
 def load_questions(name, split: str = "train", limit=None, need_answer=False) -> list[dict]:
@@ -147,7 +147,7 @@ def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype,
         return torch.float32, "the model is small"
     if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU is fast at it"
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # absent in some builds: False
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # without one: bool() is False
     if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names):
         return torch.bfloat16, "this processor has matrix instructions for it"
     return torch.float32, f"no fast bfloat16 on this {device}"
@@ -161,6 +161,8 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
     try:
         if path.startswith((".", "/")) and not os.path.isdir(path):  # not to be asked of the hub
             raise InputError("there is no such folder")
+        if torch.device(device).type not in PREFILL_TOKENS:
+            raise InputError("only cpu and cuda have what sampling needs, such as float64")
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
@@ -168,6 +170,8 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         if any("linear" in kind or "attention" not in kind for kind in kinds):
             raise InputError("some of its layers keep a state that is not keys and values")
+        if any(p.element_size() < 2 for p in model.parameters()):
+            raise InputError("its weights are quantised; take a model whose weights are not")
         chosen, why = choose_dtype(dtype, device, model.num_parameters())
         for parameter in model.parameters():
             # Not model.to(chosen): that would round the rotary frequencies, which are buffers that
@@ -209,8 +213,8 @@ def is_tiny(model_name) -> bool:
 
 
 def fill_defaults(args, **defaults) -> None:
-    """Give flags that were not given the values that suit the model, then check those of all
-    scripts: InputError for senseless ones."""
+    """Fill in the values that suit the model for flags not given; then InputError for a senseless
+    value of any flag that the scripts share."""
     defaults |= dict(instruction="" if is_tiny(args.model) else INSTRUCTION,
                      max_new_tokens=160 if is_tiny(args.model) else 512,
                      temperature=0.6 if getattr(args, "n", 1) > 1 else 0.0)
@@ -224,6 +228,9 @@ def fill_defaults(args, **defaults) -> None:
         raise InputError("--temperature must be 0 (greedy) or lie between 0.001 and 1000")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie between 0 and 2^63 - 1, not {args.seed}")
+    for name in ("prompt", "instruction"):
+        if getattr(args, name, None) and not is_text(getattr(args, name)):
+            raise InputError(f"--{name} is blank or not valid UTF-8")
     for name in ("top_p", "structure", "warmup"):
         if not 0 <= getattr(args, name, 0) <= 1:
             raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
@@ -279,7 +286,8 @@ class KVLayer(DynamicLayer):
     column = None  # in a captured step: the tensor that says where the new column goes
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Keep the prompts, then add a column (rows, heads, 1, head_dim); return all there is."""
+        """The first call keeps the prompts' columns, each later one adds a column (rows, heads, 1,
+        head_dim). Returns all columns; in a captured step also those not yet written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
@@ -316,7 +324,7 @@ class KVLayer(DynamicLayer):
 
 def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
     """Read ids (B, T) into the cache; returns the logits (B, V) of the token after the last one."""
-    # The library calls forward's cache past_key_values, and since 5.24 cache.
+    # The keyword is past_key_values, and from transformers 5.24 on cache.
     known = inspect.signature(type(model).forward).parameters
     name = "cache" if "cache" in known else "past_key_values"
     return model(ids, attention_mask=mask, position_ids=position, logits_to_keep=1,
@@ -353,7 +361,7 @@ class CapturedStep:
         self.column = mask.new_full((1,), columns - 1)
         # The graph reads these wherever they were when it was made: they have to outlive it.
         self.not_padding = mask[:, None, None].bool()
-        self.numbers = torch.arange(columns).to(mask.device)  # of the columns
+        self.columns = torch.arange(columns).to(mask.device)
         for layer in cache.layers:  # it returns all its columns from now on, written or not
             layer.length, layer.column = columns, self.column
         # A first call sets up what must not happen while capturing. What it writes into the last
@@ -366,8 +374,8 @@ class CapturedStep:
 
     def step(self) -> torch.Tensor:
         """The logits (rows, V) that follow what the buffers hold."""
-        seen = self.not_padding & (self.numbers <= self.column)  # (rows, 1, 1, columns)
-        # As what is added to the scores: from truth values every layer would make it anew.
+        seen = self.not_padding & (self.columns <= self.column)  # (rows, 1, 1, columns)
+        # To be added to the scores: from booleans every layer would make this again.
         mask = torch.where(seen, 0.0, -torch.inf).to(self.model.dtype)
         return next_logits(self.model, self.ids, mask, self.position, self.cache)
 
@@ -478,12 +486,12 @@ def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def prefill(model, prompts):
     """Read B prompts, longest first; returns the next logits (B, V), the cache, the mask (B, T).
 
-    A CPU is fastest when what it works on stays in its caches, so it reads a few prompts at a time
-    (1.4 times as fast as 64 at once with a model of 135M), and so does a GPU, which has enough to
-    do with few rows, and pads less; decoding wants all rows together.
+    Prompts are read a few at a time: on a CPU the work then stays in its caches (1.4 times as fast
+    as 64 at once with a model of 135M), on a GPU there is less padding. Decoding wants all rows
+    together.
     """
     mask = left_pad(prompts)[1].to(model.device)
-    limit = PREFILL_TOKENS.get(model.device.type, sys.maxsize)
+    limit = PREFILL_TOKENS[model.device.type]
     logits, caches, at = [], [], 0
     while at < len(prompts):
         rows = prompts[at : at + max(1, limit // len(prompts[at]))]
@@ -529,9 +537,9 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     """
     logits, cache, mask = prefill(model, prompts)
     source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
-    # Samples of one prompt alone have nothing to mask, and then the library chooses a kernel
-    # (enable_gqa) that takes a CPU seven times as long and more: so there is a masked column.
-    pad = int(max(counts) > 1 and model.device.type == "cpu")
+    # Where no row is padded there is nothing to mask, and then the library chooses a kernel
+    # (enable_gqa) that takes a CPU up to seven times as long: so there is a masked column.
+    pad = int(model.device.type == "cpu")
     for layer in cache.layers:
         layer.spread(source, pad, max_new_tokens)
     logits, mask = logits[source], F.pad(mask[source], (pad, 0))
@@ -541,7 +549,8 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     uniforms = torch.tensor(uniforms, device=model.device)
     # Making a graph takes as long as two steps without one.
     use_graph = max_new_tokens > 4 and can_be_captured(model)
-    graph_step, finished = None, set()  # finished: rows that are done, but still in the batch
+    # finished: rows of the batch that are done; kept over several steps with a graph only.
+    graph_step, finished = None, set()
     for step in range(max_new_tokens):
         tokens = pick(logits, uniforms[:, step], temperature, top_p)  # (rows,)
         drawn = list(zip(alive.tolist(), tokens.tolist()))
@@ -587,7 +596,8 @@ def speed(tokens: int, started: float, device) -> str:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether this error says that a batch was too large for the memory of the device."""
-    return any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+    texts = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED"
+    return any(text in str(error) for text in texts)
 
 
 def generate(
@@ -623,10 +633,10 @@ def generate(
             longest = len(prompts[jobs[0][0]]) + max_new_tokens
             size = max(1, budget // longest)
             # Cut between prompts only, unless the first one alone fills the batch.
-            while size < len(jobs) and jobs[0][0] != jobs[size - 1][0] == jobs[size][0]:
+            while size < len(jobs) and jobs[size - 1][0] == jobs[size][0] != jobs[0][0]:
                 size -= 1
             batch, rest = jobs[:size], jobs[size:]
-            counts = Counter(i for i, _ in batch)
+            counts = Counter(i for i, _ in batch)  # in order: decode's sequence s is batch[s]
             drawn = [[] for _ in batch]
             streams = [uniform_stream(seed, keys[i], j, max_new_tokens) for i, j in batch]
             try:
@@ -745,7 +755,7 @@ def add_question_arguments(parser, split: str) -> None:
     flag("--split", default=split, help="of a --data name: train, dev or test")
     flag("--limit", type=int, help="only the first questions")
     flag("--n", type=int, default=1, help="samples per question")
-    flag("--out", help="file for what --data samples (JSONL)")
+    flag("--out", type=os.path.expanduser, help="file for what --data samples (JSONL)")
     flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
     flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
     flag("--seed", type=int, default=0, help="same seed, same samples")
@@ -767,8 +777,9 @@ def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
     drawn, stops = ask(args.out, model, tokenizer, questions, args.instruction, "sample",
                        args.token_budget, n=args.n, seed=args.seed, **options)
-    row = lambda i, ids: sample_row(tokenizer, questions[i], args.instruction, ids, stops)
-    write_jsonl(args.out, (row(i, ids) | {"sample": j} for (i, j), ids in sorted(drawn.items())))
+    write_jsonl(args.out, (
+        sample_row(tokenizer, questions[i], args.instruction, ids, stops) | {"sample": j}
+        for (i, j), ids in sorted(drawn.items())))
     Path(f"{args.out}.part").unlink()
     print(f"{len(questions)} questions x {args.n} samples -> {args.out}")
 
@@ -796,7 +807,7 @@ def main(argv=None):
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
     add_question_arguments(parser, split="train")
     args = parser.parse_args(argv)
-    if bool(args.prompt) == bool(args.data) or bool(args.data) != bool(args.out):
+    if not bool(args.data) == bool(args.out) != bool(args.prompt):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
     if args.out and Path(args.out).exists():
         raise InputError(f"{args.out} exists already: delete it or choose another --out")

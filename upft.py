@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import evaluate
 import sample
-from sample import InputError, model_parser, read_jsonl, write_jsonl
+from sample import InputError, load_questions, model_parser, read_jsonl, write_jsonl
 
 # Section 3.3: closes the user turn of a prefix example, in training only. It lets the model keep
 # apart "begin a solution" from "solve it", so that short targets do not teach short answers.
@@ -54,18 +54,19 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     """Sample the training responses; returns the rows of samples.jsonl and what they cost.
 
     UPFT: one sample per question, --prefix tokens of it, or all of it for the share --structure.
-    SFT: one full sample. RFT and --label-filter: --samples full ones, of which the first that
-    evaluate.is_correct accepts is kept, and questions without one are dropped. Finished samples
-    are appended to samples.jsonl.part, from where a stopped run goes on.
+    SFT (--structure is then 1): one full sample. RFT and --label-filter: --samples full ones, of
+    which the first that evaluate.is_correct accepts is kept; questions without one are dropped.
+    Finished samples are appended to samples.jsonl.part, from where a stopped run goes on.
     """
     kinds = choose_kinds(len(questions), args.structure, args.seed)
     n = args.samples if args.label_filter else 1
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
+    # Whether an answer is right shows only at its end.
+    wanted = ["full"] * len(kinds) if args.label_filter else kinds
     for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
-        # Whether an answer is right shows only at its end.
-        keys = [i for i, k in enumerate(kinds) if kind == ("full" if args.label_filter else k)]
+        keys = [i for i, k in enumerate(wanted) if k == kind]
         # It returns all that the file holds: after the second pass, both kinds.
         drawn = sample.generate_to(
             part, {}, model, prompts, keys, n=n, max_new_tokens=limit, eos_ids=stops,
@@ -99,10 +100,10 @@ def completion_text(row: dict) -> str | None:
 
 def check_sample(row: dict) -> str | None:
     """What is wrong with a line of --samples-from, or None."""
-    ids, usable = row.get("response_ids"), completion_text(row)
-    if "response_ids" in row:  # made here
-        usable = {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
-        usable = usable and all(isinstance(i, int) and i >= 0 for i in ids)
+    ids = row.get("response_ids")
+    usable = completion_text(row) if "response_ids" not in row else (  # else made here
+        {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
+        and all(isinstance(i, int) and i >= 0 for i in ids))
     if not sample.is_text(row.get("question")) or not usable:
         return 'needs "question" and "completion", or the fields of samples.jsonl'
     if not isinstance(row.get("finished", True), bool):
@@ -125,7 +126,7 @@ def read_samples(tokenizer, args) -> list[dict]:
         ids = row.get("response_ids")
         if ids is None:
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
-            ids += [end] * row.get("finished", row.get("kind") != "prefix")
+            ids += [end] * (ids[-1:] != [end] and row.get("finished", row.get("kind") != "prefix"))
         new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
         if "response_ids" in row and (
                 row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
@@ -201,7 +202,7 @@ def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor
     ids, real = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
                  .to(model.device) for rows in (ids, real))  # (B, T)
     hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, H)
-    # Column k predicts column k + 1.
+    # Column k predicts column k + 1: hidden states (N, H) and targets (N,), in pieces of `chunk`.
     pieces = list(zip(hidden[:, :-1][real[:, 1:]].split(chunk), ids[real].split(chunk)))
     if len(pieces) == 1:
         return head_nll(model, *pieces[0])
@@ -245,8 +246,8 @@ class SplitAdamW:
     plain bfloat16 AdamW rounds nearly every step away. Here master = weight (the upper 16 bits,
     rounded, which the model computes with) + lost (the lower 16, int16). With gradient and two
     moments in bfloat16 that is 10 bytes a parameter: 71 GiB for 7.6e9, where float32 masters
-    beside bfloat16 weights take 12 or more. beta2 must be 0.95: a bfloat16 second moment cannot
-    follow a decay of 0.999.
+    beside bfloat16 weights take 12 or more. beta2 has to be below 0.996 or so: a
+    bfloat16 moment cannot follow changes of less than 0.4 %.
     """
 
     def __init__(self, parameters):
@@ -254,7 +255,7 @@ class SplitAdamW:
         zeros = lambda dtype: [torch.zeros_like(p, dtype=dtype).view(-1) for p in self.parameters]
         self.lost, self.m, self.v = zeros(torch.int16), zeros(torch.bfloat16), zeros(torch.bfloat16)
         device = self.parameters[0].device.type
-        # Elements at a time, so that float32 copies stay in a CPU's caches, and small on a GPU.
+        # Elements per call: float32 copies stay in a CPU's caches, and small on a GPU.
         self.update, self.chunk = split_adamw, (1 << 18 if device == "cpu" else 1 << 24)
         if device == "cuda" and find_spec("triton") and (which("gcc") or which("clang")):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
@@ -278,13 +279,13 @@ class SplitAdamW:
         self.steps += 1
         rates = lr / (1 - BETAS[0] ** self.steps), 1 - BETAS[1] ** self.steps
         # As tensors, because a compiled update would be compiled again for another number.
-        rates = [torch.tensor(x, device=self.parameters[0].device) for x in rates]
+        rate, correction = (torch.tensor(x, device=self.parameters[0].device) for x in rates)
         for p, *state in zip(self.parameters, self.lost, self.m, self.v):
             if p.grad is None:
                 continue
             tensors = (p.view(-1), p.grad.view(-1), *state)
             for part in zip(*(t.split(self.chunk) for t in tensors)):
-                self.update(*part, *rates)
+                self.update(*part, rate, correction)
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
@@ -326,7 +327,7 @@ class Float32AdamW(torch.optim.AdamW):
 def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     """Fine-tune all weights of `model` in place; returns the loss of every step.
 
-    Constant learning rate after a linear warm-up, gradient norm clipped at --clip (Table 3).
+    Constant learning rate after a linear warm-up (Table 3); gradient norm clipped at --clip (ours).
     Every --save-every steps a checkpoint makes the run resumable, bit for bit on a CPU.
     """
     plan = batches(len(examples), args.batch_size, args.epochs, args.seed)
@@ -366,7 +367,7 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
 def enable_checkpointing(model) -> None:
     """Keep only each layer's input, and recompute the rest in the backward pass.
 
-    It acts in training mode only. The method has two names across versions 5.x of the library.
+    It acts in training mode only. The second of the two names is that of versions before 5.24.
     """
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -374,7 +375,7 @@ def enable_checkpointing(model) -> None:
 
 @torch.no_grad()
 def check_head(model, ids: list[int]) -> None:
-    """InputError if head_nll does not give this family's own logits (a scale that it lacks)."""
+    """InputError if head_nll misses something of this family's head, such as a scale."""
     tensor = torch.tensor([ids], device=model.device)
     own = cross_entropy(model(tensor).logits[0, :-1].float(), tensor[0, 1:], reduction="none")
     ours = response_nll(model, [{"prompt": ids[:1], "response": ids[1:]}])
@@ -399,6 +400,8 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
     if not (folder / "checkpoint.pt").exists():
         return []
     state = torch.load(folder / "checkpoint.pt", map_location="cpu")
+    if ("tensors" in state["optimizer"]) != isinstance(optimizer, SplitAdamW):
+        raise InputError("--resume: the run began in another --dtype, on another processor")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
@@ -425,7 +428,8 @@ def parse_arguments(argv=None):
     flag("--temperature", type=float, default=0.6, help="of the training samples")
     flag("--samples", type=int, default=16, help="per question, for rft or the filter")
     flag("--label-filter", action="store_true", help="UPFT on samples that are right")
-    flag("--samples-from", help="train on the samples of this JSONL file, made elsewhere")
+    flag("--samples-from", type=os.path.expanduser,
+         help="train on the samples of this JSONL file (lines with ids stay as they are)")
     flag("--template", action=yes_no, default=True,
          help="end the user turn of a prefix example with the paper's task template")
     flag("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
@@ -442,7 +446,7 @@ def parse_arguments(argv=None):
          help="what weighs the same in the loss")
     flag = parser.add_argument_group("run").add_argument
     flag("--seed", type=int, default=0, help="of samples, full traces, batch order")
-    flag("--out", help="the run's folder (default: a new one under out/)")
+    flag("--out", type=os.path.expanduser, help="the run's folder (default: a new one in out/)")
     flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     flag("--resume", action="store_true", help="go on with the stopped run in --out")
     args = parser.parse_args(argv)
@@ -456,7 +460,8 @@ def parse_arguments(argv=None):
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
     args.label_filter |= args.method == "rft"  # RFT: the filter on full traces
     check_arguments(args)
-    if args.eval_data is None and (sample.DATA / f"{args.data}_test.jsonl").exists():
+    prepared = args.data == "tiny" or (sample.DATA / f"{args.data}_test.jsonl").exists()
+    if args.eval_data is None and prepared:
         args.eval_data = args.data
     return args
 
@@ -511,7 +516,7 @@ def stage_cost(stage: str, started: float, tokens: int, model, args) -> dict:
 
 
 def get_samples(model, tokenizer, questions, given, args, folder: Path, metrics) -> list[dict]:
-    """samples.jsonl: the samples that were given, or new ones; from disk where it already is."""
+    """The rows of samples.jsonl: given or sampled now; a resumed run reads those on disk."""
     path, asked = folder / "samples.jsonl", len(given or questions)
     if not path.exists():
         rows, cost = given, {"sampled_tokens": 0, "sampling_seconds": 0.0}
@@ -576,8 +581,8 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
         model, tokenizer, held_out, out=path, label=f"evaluate {name}", **options)
     tokens = sum(row["tokens"] for row in rows)
     cost = stage_cost(f"{name}_evaluation", started, tokens, model, args)
-    # What an earlier part of the run has noted stays.
-    metrics |= cost | metrics | {name: evaluate.summarize(rows)}
+    metrics |= cost | metrics  # what an earlier part of the run has noted stays
+    metrics[name] = evaluate.summarize(rows)
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
     return rows
@@ -623,15 +628,15 @@ def table(metrics: dict) -> str:
 def main(argv=None):
     """Sample, train, save, and compare the model before and after."""
     args = parse_arguments(argv)
-    load = sample.load_questions
-    questions = [] if args.samples_from else load(args.data, "train", args.limit, args.label_filter)
-    held_out = load(args.eval_data, "test", args.eval_limit, True) if args.eval_data else []
+    questions = [] if args.samples_from else load_questions(
+        args.data, "train", args.limit, args.label_filter)
+    held_out = args.eval_data and load_questions(args.eval_data, "test", args.eval_limit, True)
     folder = choose_folder(args)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
     suffix = SUFFIX if args.template and args.method == "upft" else ""
     for rows, end, new in ((questions, "", args.max_new_tokens),
-                           (held_out, "", args.max_new_tokens),
+                           (held_out or [], "", args.max_new_tokens),
                            (questions, suffix, args.prefix + args.eos)):
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
         sample.check_length(model, prompts, new)

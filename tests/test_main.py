@@ -242,6 +242,8 @@ BAD = {
     "nothing to resume": (lambda t: ["--out", str(t / "none"), "--resume"], "no run in"),
     "resume what": (lambda t: ["--resume"], "--resume needs --out"),
     "device": (lambda t: ["--device", "cuda:99"], "cuda:99"),
+    "device of another kind": (lambda t: ["--device", "mps"], "only cpu and cuda"),
+    "no text": (lambda t: ["--instruction", "caf\udce9"], "--instruction is blank or not valid"),
     "diverging": (lambda t: ["--lr", "1e38", "--limit", "40", "--eval-limit", "1"], "step 2: loss"),
     "diverging at the end": (
         lambda t: ["--lr", "1e39", "--limit", "16", "--eval-limit", "1"], "in its last step"),
@@ -261,6 +263,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, monkeypatch
     assert stop.value.code == 2 and len(error) == 1 and expected in error[0]
     made = list(tmp_path.glob("out/*/*.json*"))
     assert case.startswith("diverging") or not made  # told before any work
+
+
+def test_quantised_weights_are_refused(monkeypatch):
+    """Their scales lie apart: cast to bfloat16 they would be garbage, without any error."""
+    model, _ = sample.load_model("tiny")
+    head = model.get_output_embeddings().weight
+    head.data = head.data.to(torch.float8_e4m3fn)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    with pytest.raises(InputError, match="its weights are quantised"):
+        sample.load_model("tiny")
 
 
 def test_resume_refuses_other_settings(finished):
@@ -334,6 +346,12 @@ def test_a_home_folder_is_found_for_questions_as_for_the_model(tmp_path, monkeyp
     (tmp_path / "world").symlink_to(TINY)
     args = upft.parse_arguments(["--model=~/world"])
     assert args.data == str(tmp_path / "world/train.jsonl")
+    args = upft.parse_arguments(["--out=~/run", "--samples-from=~/samples.jsonl"])
+    assert args.out == f"{tmp_path}/run" and args.samples_from == f"{tmp_path}/samples.jsonl"
+
+
+def test_a_set_with_held_out_questions_is_evaluated_whatever_the_model():
+    assert upft.parse_arguments(["--model", "some/model", "--data", "tiny"]).eval_data == "tiny"
 
 
 def test_sample_script_writes_samples(tmp_path, capsys):
@@ -473,14 +491,16 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
              {"question": "How many?", "completion": text[:16], "kind": "prefix"},
              {"question": "How many?", "kind": "full",
               "completion": [{"role": "assistant", "content": text}]},
-             {"question": "How many?", "completion": text, "kind": "full", "finished": False}]
+             {"question": "How many?", "completion": text, "kind": "full", "finished": False},
+             {"question": "How many?", "completion": text + tokenizer.decode([end]), "kind": "full"}]
     file = tmp_path / "elsewhere.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = tmp_path / "text"
     run_upft(folder, "--samples-from", str(file), "--eval-limit", "1")
     rows = read_jsonl(folder / "samples.jsonl")
-    assert [r["response_ids"] for r in rows] == [whole[:8], whole[:3], whole + [end], whole]
-    assert [r["finished"] for r in rows] == [False, False, True, False]
+    assert [r["response_ids"] for r in rows] == [
+        whole[:8], whole[:3], whole + [end], whole, whole + [end]]
+    assert [r["finished"] for r in rows] == [False, False, True, False, True]
     assert upft.SUFFIX in rows[0]["prompt"][0]["content"] and rows[2]["prompt"] == rows[3]["prompt"]
     for wrong in ({}, {"completion": ["text"]}, {"completion": text, "response_ids": [1]},
                   {"completion": [{"role": "assistant", "content": ""}]},

@@ -108,7 +108,7 @@ def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
 
         def addresses(self):
             layers = [b for layer in self.cache.layers for b in (layer.keys, layer.values)]
-            buffers = [self.ids, self.position, self.column, self.not_padding, self.numbers]
+            buffers = [self.ids, self.position, self.column, self.not_padding, self.columns]
             return [b.data_ptr() for b in buffers + layers]
 
         def __call__(self, *step):
@@ -405,13 +405,18 @@ def test_prefix_needs_t_forward_passes_and_one_logit_column():
     assert seen == [1] * 8  # prefill + 7 steps, each with the logits of one column
 
 
-def test_out_of_memory_halves_the_budget_and_loses_nothing(capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_halves_the_budget_and_loses_nothing(capsys, error):
     model, prompts = small_model(), ragged_prompts(10)
     expected = generate(model, prompts, max_new_tokens=10)
     forward, finished = model.forward, []
     def limited(ids, **kw):
         if ids.shape[0] > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return forward(ids, **kw)
     model.forward = limited
     done = lambda i, j, ids: finished.append(i)

@@ -243,6 +243,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("begun, resumed", [(torch.float32, torch.bfloat16),
+                                            (torch.bfloat16, torch.float32)])
+def test_a_checkpoint_of_another_dtype_is_refused(tmp_path, begun, resumed):
+    """--dtype auto chooses otherwise on another machine."""
+    model = small_model().to(begun)
+    optimizer = upft.SplitAdamW if begun == torch.bfloat16 else upft.Float32AdamW
+    upft.save_checkpoint(tmp_path, model, optimizer(model.parameters()), [1.0])
+    with pytest.raises(sample.InputError, match="--resume: the run began in another --dtype"):
+        upft.train(small_model().to(resumed), some_examples(8), settings(resume=True), tmp_path)
+
+
 def test_a_run_of_one_step_moves_the_weights(tmp_path):
     model, before = small_model(), small_model()
     upft.train(model, some_examples(4), settings(epochs=1, lr=1e-4), tmp_path)
