@@ -29,11 +29,12 @@ BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{)([^\s$]+)")
 HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(?![*_]*(?:[A-Za-z]{2}|\d+[.):][ \t]+\S))(\S[^\n]*)",
                     re.M)
 PHRASE = re.compile(
-    r"(?i)(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)(?:(?!, (?:we|I)\b)[^.\n:=]){0,60}?"
+    r"(?i)(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)"
+    r"(?:(?!, (?:we|I)\b(?! \w+,))[^.\n:=]){0,60}?"
     r"(?:\b(?:is|was|would be|equals)\b|[:=：是为])"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|given by|option|choice)\b)?[\s:*_,]*")
 NUMBER = re.compile(
-    r"(?:(?<![\w)\]}$])-|\bnegative )?(?:\\?[$€£]\s?)?(?<![\d.])-?"
+    r"(?:(?<![\w)\]}$])-|(?<!-)\bnegative )?(?:\\?[$€£]\s?)?(?<![\d.])-?"
     r"(?:\d*\\[dtc]?frac\s*\{-?\d+\}\s*\{\d+\}"
     r"|\d+:\d\d\b|\d+ \d+/\d+|(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,3}\b)?(?:/\d+)?)(?:\s?\\?%|\s(?:thousand|million|billion|trillion)\b)?")
@@ -82,7 +83,7 @@ def find_boxed(text: str) -> tuple[str | None, str]:
     opened = next(filter(None, stack), None)
     if content or not opened:
         return content, text
-    line = re.match(r"\s*([^$\n]*[^$\n\s.*])[.*\s]*[$\n]", text[opened.end():])
+    line = re.match(r"([^$\n]*[^$\n\s.*])[.*\s]*[$\n]", text[opened.end():].lstrip())
     return (line[1], text) if line else (None, text[:opened.start()].rstrip("\\"))
 
 
@@ -95,7 +96,7 @@ def read_statement(rest: str) -> str | None:
     sentence = re.split(r"\.(?=\s|$)|\n|\b(?:because|since)\b", rest, maxsplit=1)[0].strip()
     if re.search(r"\w", sentence) and not has_words(sentence):
         return result(sentence) or None
-    if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! ?[a-z=+*/^])", sentence):
+    if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! ?[a-z=+/^]| \*|\*\w)", sentence):
         return choice[1]
     for formula in FORMULA.finditer(rest):
         inside, in_sentence = formula[formula.lastindex], formula.end() <= len(sentence)
@@ -121,7 +122,7 @@ def last_number(text: str) -> str | None:
 
 def result(formula: str) -> str:
     """Return a formula without currency and full stop; of "2 + 3 = 5" only the result."""
-    formula = re.sub(r"^(?:[\s*]|\\[(\[])+|(?:[\s.,*$]|\\[)\]])+$|\\?[$€£]", "", formula)
+    formula = re.sub(r"^(?:[\s*]|\\\[)+|(?:[\s.,*$]|\\\])+$|(?<!\\)\\[()]|\\?[$€£]", "", formula)
     has_letters = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", formula))
     return formula.strip() if has_letters else formula.rpartition("=")[2].strip()
 
@@ -155,9 +156,10 @@ UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉�
         " frac{1}{2} frac{1}{4} frac{3}{4} frac{1}{3} frac{2}{3}").split())} | {
     "—": " - ", "°": r"^\circ ", "ℝ": "R"})
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<!\\)\\!\s*|\{,\}(?=\d{3})", ""),                          # 10,\!000 and 10{,}000
+    (r"(?<!\\)\\!(?:(?<=,\\!)\s+(?=\d{3}))?|\{,\}(?=\d{3})", ""),      # 10,\! 000 and 10{,}000
     (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\s*(?:\{[^{}]*\}|-))|~", " "),
-    (r"^\s*(\\text\s*\{\s*)?(?:[Aa]n?|[Tt]he) (?!and)(?=[A-Za-z]{3})", r"\1"),  # an ellipse
+    (r"^\s*(\\text\s*\{\s*)?(?:[Aa]n?|[Tt]he) (?=[A-Za-z]{3})"
+     r"(?!(?:and|only|sqrt|log|(?:arc)?(?:sin|cos|tan))\b)", r"\1"),               # an ellipse
     (r"(?i)\bnegative (?=[\d\\.])", "-"), (r"(?i)\b([ap])\.m\b\.?", r"\1m"),
     # 0.1\overline{6} = 0.1 + 6/90
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda m: "({}.{}+{}/{})".format(
@@ -201,7 +203,8 @@ def clean(answer: str) -> str:
     bare = re.sub(r"\\frac\s*\{\s*\}\s*\{\s*\}|_\s*\{\s*\}", " ", QUOTED.sub(" ", text))
     words = " ".join(text.replace('"', " ").split())
     number = words.lower() in NUMBER_WORDS and str(NUMBER_WORDS.index(words.lower()))
-    text = bare if re.search(r"[A-Za-z0-9]", bare) else number or words
+    keep = re.search(r"[A-Za-z0-9]", bare) and not re.fullmatch("[IVX]{3,}", bare.strip())
+    text = bare if keep else number or words
     text = re.sub(r"^[\s=:,;]+|(?:[\s=:,;.*/?]|\\cdot|\\times)+$", "", text)
     return "" if re.fullmatch(r"[\s{}()\[\]]*", text) else text
 
@@ -251,7 +254,7 @@ def expression(text: str) -> tuple:
     2^-70. What functions obey beyond that is not known (ln 4 is not 2 ln 2), and a name before a
     bracket is a factor, unless it is a known function, f or g.
     """
-    if re.search(r"\\(?:[dt]?binom|over[lr]\w+|wide\w+|bar|dot|vec|hat)(?![a-z])", text):
+    if re.search(r"\\(?:[dt]?binom|dot)(?![a-z])|\.\\(?:overline|bar)", text):
         raise ValueError("a command that is no factor")
     # The first rule that fits is applied, and again from the top, until none does.
     while rule := next((rule for rule in TO_PYTHON if rule[0].search(text)), None):
@@ -359,7 +362,7 @@ def is_correct(prediction: str | None, gold: str) -> bool:
     expansion is asked for. None and "" are never right.
     """
     prediction = prediction or ""
-    halves = [re.findall(r"(?<![a-z])([ap])\.?m\b", s.lower()) for s in (prediction, gold)]
+    halves = [set(re.findall(r"(?<![a-z\\])([ap])\.?m\b", s.lower())) for s in (prediction, gold)]
     if all(halves) and halves[0] != halves[1]:          # 8 a.m. and 8 p.m.
         return False
     if max(len(prediction), len(gold)) > 1000:           # Python's parser may not like it
@@ -422,11 +425,10 @@ def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool
     if signs[0] in FLIPPED:
         sides, names, signs = sides[::-1], names[::-1], [FLIPPED.get(s, s) for s in signs[::-1]]
     if loose and set(signs) <= {"<", r"\le"} and any(names):
-        left = ("(", canonical(r"-\infty", False)) if names[0] else (
-            "(" if signs[0] == "<" else "[", sides[0])
-        right = (")", canonical(r"\infty", False)) if names[-1] else (
-            ")" if signs[-1] == "<" else "]", sides[-1])
-        return left[0], right[0], left[1], right[1]
+        low = canonical(r"-\infty", False) if names[0] else sides[0]
+        high = canonical(r"\infty", False) if names[-1] else sides[-1]
+        return ("(" if names[0] or signs[0] == "<" else "[",
+                ")" if names[-1] or signs[-1] == "<" else "]", low, high)
     if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
         # An equation may be multiplied by a number; the ratio of what left minus right is at two
         # points does not change. (An inequality could turn around: it is compared as it is.)
@@ -444,7 +446,8 @@ def unordered(items: list[tuple]) -> tuple:
 
 def is_name(text: str) -> bool:
     r"""Tell whether `text` only names a quantity: x, f(x), x_1, (x, y), m\angle ABC."""
-    text = re.sub(r"_\s*(?:\w|\{[^{}]*\})|\^\s*\{-1\}|(?<=[A-Za-z])\s*\([^()]*\)", "", text)
+    text = re.sub(r"_\s*(?:\w|\{[^{}]*\})|\^\s*\{-1\}"
+                  r"|(?<![A-Za-z\\])[A-Zf-h]\s*\([^()]*\)|(?<=[A-Za-z])\s*\(\d*\)", "", text)
     return not re.search(r"[-+*/^<>=\d]|\\(?:infty|frac|sqrt|pi)(?![a-zA-Z])", text)
 
 
@@ -564,14 +567,13 @@ def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
             (r["question"], r["answer"]) for r in rows_b]:
         raise InputError("the two files do not hold the same questions in the same order")
     a, b = question_means(rows_a), question_means(rows_b)
-    won, lost = (np.flatnonzero(gain > 0) + 1 for gain in (b - a, a - b))
+    won, lost = ((np.flatnonzero(gain > 0) + 1).tolist() for gain in (b - a, a - b))
     several = "completions" in rows_a[0] | rows_b[0] and np.ptp(b - a)
     low, high = bootstrap(b - a) if several else newcombe(a, b)
     discordant = len(won) + len(lost)
     tail = sum(comb(discordant, i) for i in range(min(len(won), len(lost)) + 1))
     return {"difference": float((b - a).mean()), "low": low, "high": high,
-            "p": min(1.0, 2 * tail / 2**discordant),
-            "won": won.tolist(), "lost": lost.tolist()}
+            "p": min(1.0, 2 * tail / 2**discordant), "won": won, "lost": lost}
 
 
 def newcombe(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -685,11 +687,10 @@ def regrade(path, out) -> list[dict]:
 
 def main(argv=None):
     """Parse the flags; compare two files, grade one again, or ask a model."""
-    parser = model_parser(__doc__)
+    parser = model_parser(__doc__, split="test")
     parser.add_argument("--regrade", metavar="FILE", help="grade stored predictions again, without "
                         "a model; in place unless --out is given")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what changed from A to B")
-    sample.add_question_arguments(parser, split="test")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.data, args.regrade, args.compare))) != 1 or args.data and not args.out:
         raise InputError("give --data D --out FILE, or --regrade FILE, or --compare A B")

@@ -219,21 +219,19 @@ def fill_defaults(args, **defaults) -> None:
                      max_new_tokens=160 if is_tiny(args.model) else 512,
                      temperature=0.6 if getattr(args, "n", 1) > 1 else 0.0)
     vars(args).update((k, v) for k, v in defaults.items() if getattr(args, k) is None)
-    for name in ("n", "limit", "eval_limit", "max_new_tokens", "token_budget", "prefix", "epochs",
-                 "batch_size", "micro_batch", "samples", "lr", "clip", "top_p"):
-        value = getattr(args, name, None)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}")
-    if not (args.temperature == 0 or 1e-3 <= args.temperature < 1e3):
-        raise InputError("--temperature must be 0 (greedy) or lie between 0.001 and 1000")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must lie between 0 and 2^63 - 1, not {args.seed}")
-    for name in ("prompt", "instruction"):
-        if getattr(args, name, None) and not is_text(getattr(args, name)):
-            raise InputError(f"--{name} is blank or not valid UTF-8")
-    for name in ("top_p", "structure", "warmup"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1")
+    for names, fits, rule in (
+            ("n limit eval_limit max_new_tokens token_budget prefix epochs batch_size micro_batch "
+             "samples lr clip top_p", lambda x: 0 < x < float("inf"), "must be above 0 and finite"),
+            ("top_p structure warmup", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
+            ("temperature", lambda x: x == 0 or 1e-3 <= x < 1e3,
+             "must be 0 (greedy) or lie between 0.001 and 1000"),
+            ("seed", lambda x: 0 <= x < 2**63, "must lie between 0 and 2^63 - 1"),
+            ("save_every", lambda x: x >= 0, "must not be negative"),
+            ("prompt instruction", lambda x: not x or is_text(x), "is blank or not valid UTF-8")):
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                raise InputError(f"--{name.replace('_', '-')} {rule} (now {value!r})")
 
 
 def user_turn(question: str, instruction: str = "", suffix: str = "") -> list[dict]:
@@ -266,9 +264,8 @@ def end_of_turn(tokenizer) -> int:
 
 def stop_ids(model, tokenizer) -> set[int]:
     """All ids that end a response: the end of turn, and every EOS that the model declares."""
-    declared = model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return {i for i in [end_of_turn(tokenizer), tokenizer.eos_token_id, *declared] if i is not None}
+    declared = np.ravel(model.generation_config.eos_token_id).tolist()  # one, several or [None]
+    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *declared} - {None}
 
 
 # ---- the KV cache ----------------------------------------------------------------------------
@@ -580,10 +577,9 @@ def peak_memory(device, reset: bool = False) -> float:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return peak
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return float("nan")
+    import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -600,10 +596,8 @@ def out_of_memory(error: Exception) -> bool:
     return any(text in str(error) for text in texts)
 
 
-def generate(
-    model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(), seed=0,
-    keys=None, token_budget=None, on_done=lambda *_: None, progress=None,
-):
+def generate(model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1, eos_ids=(),
+             seed=0, keys=None, token_budget=None, on_done=lambda *_: None, progress=None):
     """Sample n responses to each prompt; returns per prompt a list of n lists of new token ids.
 
     prompts: token-id lists. A response ends with the first of eos_ids that was drawn (it is in
@@ -731,11 +725,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if told else super()._get_help_string(action)
 
 
-def model_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share: which model, where, and how it is asked."""
+def model_parser(doc: str, split=None) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts share: which model, where, and what it is asked.
+
+    With split, the file of a set that is asked, also those of sample.py and evaluate.py alone.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=Help)
-    flag = parser.add_argument_group("model").add_argument
+    flag = parser.add_argument_group("model and questions").add_argument
     flag("--model", default="tiny", help="tiny, a folder or a hub name")
+    flag("--data", help="tiny, a prepared set or a JSONL file (upft.py's default: tiny for tiny)")
+    flag("--limit", type=int, help="only the first questions")
+    flag("--seed", type=int, default=0, help="same seed, same samples")
     flag("--instruction", help="text added to every question (default: none for the embedded "
          f"model, else '{INSTRUCTION}')")
     flag("--max-new-tokens", type=int,
@@ -745,20 +745,13 @@ def model_parser(doc: str) -> argparse.ArgumentParser:
          help="arithmetic; auto is bfloat16 where the processor is fast at it")
     flag("--token-budget", type=int, default=TOKEN_BUDGET,
          help="most tokens in one sampling batch; lower it if memory is short")
+    if split:
+        flag("--split", default=split, help="of a --data name: train, dev or test")
+        flag("--n", type=int, default=1, help="samples per question")
+        flag("--out", type=os.path.expanduser, help="file for what --data samples (JSONL)")
+        flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
+        flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
     return parser
-
-
-def add_question_arguments(parser, split: str) -> None:
-    """The flags of sample.py and evaluate.py: which questions, and how often they are asked."""
-    flag = parser.add_argument_group("questions").add_argument
-    flag("--data", help="tiny, a prepared set or a JSONL file of questions")
-    flag("--split", default=split, help="of a --data name: train, dev or test")
-    flag("--limit", type=int, help="only the first questions")
-    flag("--n", type=int, default=1, help="samples per question")
-    flag("--out", type=os.path.expanduser, help="file for what --data samples (JSONL)")
-    flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
-    flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
-    flag("--seed", type=int, default=0, help="same seed, same samples")
 
 
 def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
@@ -795,17 +788,14 @@ def sample_row(tokenizer, question, instruction, response, stops, kind="full", s
         "prompt": user_turn(question["question"], instruction, suffix),
         "completion": [{"role": "assistant", "content": text}],
         "prompt_ids": prompt_ids(tokenizer, question["question"], instruction, suffix),
-        "response_ids": response,
-        "kind": kind,
-        "finished": bool(response) and response[-1] in stops,
-    }
+        "response_ids": response, "kind": kind,
+        "finished": bool(response) and response[-1] in stops}
 
 
 def main(argv=None):
     """Parse the flags; answer one prompt, or write samples for a file of questions."""
-    parser = model_parser(__doc__)
+    parser = model_parser(__doc__, split="train")
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
-    add_question_arguments(parser, split="train")
     args = parser.parse_args(argv)
     if not bool(args.data) == bool(args.out) != bool(args.prompt):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')

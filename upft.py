@@ -414,9 +414,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
 def parse_arguments(argv=None):
     """The flags, with the values that suit the model where they were not given."""
     parser, yes_no = model_parser(__doc__), argparse.BooleanOptionalAction
-    flag = parser.add_argument_group("questions").add_argument
-    flag("--data", help="tiny, a prepared set or a JSONL file (default: tiny for tiny)")
-    flag("--limit", type=int, help="only the first questions")
+    flag = parser.add_argument_group("held-out questions").add_argument
     flag("--eval-data", help="held-out questions with answers (default: tiny for tiny, "
          "the test file of a prepared --data, else no evaluation)")
     flag("--eval-limit", type=int, help="only the first held-out questions")
@@ -445,7 +443,6 @@ def parse_arguments(argv=None):
     flag("--weighting", default="example", choices=["example", "token"],
          help="what weighs the same in the loss")
     flag = parser.add_argument_group("run").add_argument
-    flag("--seed", type=int, default=0, help="of samples, full traces, batch order")
     flag("--out", type=os.path.expanduser, help="the run's folder (default: a new one in out/)")
     flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     flag("--resume", action="store_true", help="go on with the stopped run in --out")
@@ -468,16 +465,12 @@ def parse_arguments(argv=None):
 
 def check_arguments(args) -> None:
     """InputError for a flag that makes no sense, before any work."""
-    if args.save_every < 0:
-        raise InputError("--save-every must not be negative")
     if args.data is None and not args.samples_from:
         raise InputError("--data is needed with --model: a prepared set or a JSONL file")
     if args.label_filter and args.method == "sft":
         raise InputError("--label-filter with --method sft is --method rft: ask for that")
     if args.samples_from and args.label_filter:
         raise InputError("--samples-from takes samples as they are: filter them before")
-    if args.resume and not args.out:
-        raise InputError("--resume needs --out, the folder of the run that was stopped")
 
 
 def choose_folder(args) -> Path:
@@ -486,7 +479,7 @@ def choose_folder(args) -> Path:
     folder = Path(args.out or name)
     if args.resume:
         if not (folder / "settings.json").exists():
-            raise InputError(f"--resume: no run in {folder}")
+            raise InputError(f"no run in {folder}: --resume needs --out, a stopped run's folder")
         before = json.loads((folder / "settings.json").read_text())
         # These may change between parts of a run: its result does not, beyond rounding.
         free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
@@ -555,8 +548,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
         "tuned_tokens": sum(len(e["response"]) for e in examples),
-        "processed_tokens": processed, "train_loss": losses,
-    }
+        "processed_tokens": processed, "train_loss": losses}
     try:
         model.save_pretrained(folder / "model.tmp")
         tokenizer.save_pretrained(folder / "model.tmp")
@@ -580,8 +572,8 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
     rows = read_jsonl(path) if path.exists() else evaluate.evaluate(
         model, tokenizer, held_out, out=path, label=f"evaluate {name}", **options)
     tokens = sum(row["tokens"] for row in rows)
-    cost = stage_cost(f"{name}_evaluation", started, tokens, model, args)
-    metrics |= cost | metrics  # what an earlier part of the run has noted stays
+    # What an earlier part of the run has noted stays.
+    metrics |= stage_cost(f"{name}_evaluation", started, tokens, model, args) | metrics
     metrics[name] = evaluate.summarize(rows)
     write_json(folder / "metrics.json", metrics)
     print(f"{name}: {metrics[name]['correct']} of {metrics[name]['n']} right")
@@ -606,14 +598,10 @@ def table(metrics: dict) -> str:
     """The run in one small table."""
     both = metrics["base"], metrics["tuned"]
     percent = lambda name: [f"{100 * m[name]:.1f} %" for m in both]
-    rows = [
-        ["", "base", "tuned"],
-        ["accuracy", *percent("accuracy")],
-        ["95 % interval", *(f"{100 * m['low']:.1f} .. {100 * m['high']:.1f}" for m in both)],
-        ["mean answer tokens", *(f"{m['mean_tokens']:.0f}" for m in both)],
-        ["cut off", *percent("cut_off")],
-        ["without an answer", *percent("no_answer")],
-    ]
+    rows = [("", "base", "tuned"), ("accuracy", *percent("accuracy")),
+            ("95 % interval", *(f"{100 * m['low']:.1f} .. {100 * m['high']:.1f}" for m in both)),
+            ("mean answer tokens", *(f"{m['mean_tokens']:.0f}" for m in both)),
+            ("cut off", *percent("cut_off")), ("without an answer", *percent("no_answer"))]
     return "\n".join([
         *(f"{a:<20}{b:>16}{c:>16}" for a, b, c in rows),
         verdict(*both, metrics["paired"]),

@@ -554,11 +554,9 @@ def main(argv=None):
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("command", choices=commands)
-    flag("--data", default="tiny", help="questions to sample from and to train on")
     flag("--eval-data", default="tiny", help="held-out questions")
     flag("--eval-limit", type=int, help="only the first held-out questions")
     flag("--out", type=Path, default=ROOT / "out/reproduce", help="folder of numbers and runs")
-    flag("--seed", type=int, default=0, help="of coverage, rollouts and sampled evaluation")
     flag("--temperature", type=float, default=0.6, help="of coverage and rollouts")
     flag("--questions", type=int, default=200, help="of coverage and rollouts")
     flag("--samples", type=int, help="a question (default: coverage 64, rollouts 16)")
@@ -574,10 +572,10 @@ def main(argv=None):
     flag("--force", nargs="+", default=[f"Let's solve this {way}" for way in
                                         ("step by step.", "with the gains first.")],
          help="the beginnings of `openings`")
-    flag("--limit", type=int, help="only the first training questions")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
     flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
     flag("--extra", default="", help='for every run of upft.py, as in --extra="--lr 1e-6"')
+    parser.set_defaults(data="tiny")
     args = parser.parse_args(argv)
     sample.fill_defaults(args)
     args.runs = args.out / args.command  # of fine-tuning
