@@ -372,6 +372,8 @@ def is_correct(prediction: str | None, gold: str) -> bool:
         prediction, gold = prediction.replace("%", ""), gold.replace("%", "")
     if not prediction or not gold or prediction == gold:
         return prediction == gold != ""
+    if re.fullmatch(r"-?\d+,-?\d+", f"{prediction},{gold}"):                # most of GSM8K
+        return int(prediction) == int(gold)
     strict_p, strict_g = readings(prediction, False), readings(gold, False)
     return bool(strict_p & strict_g or strict_p & readings(gold, True)
                 or readings(prediction, True) & strict_g)
