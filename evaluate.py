@@ -158,8 +158,6 @@ UNICODE = str.maketrans(dict(zip("−–÷⁄²³₀₁₂₃₄₅₆₇₈₉�
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\!(?:(?<=,\\!)\s+(?=\d{3}))?|\{,\}(?=\d{3})", ""),      # 10,\! 000 and 10{,}000
     (r"(?<!\\)\\(?:[,;: ]|q?quad\b|displaystyle\b|phantom\s*(?:\{[^{}]*\}|-))|~", " "),
-    (r"^\s*(\\text\s*\{\s*)?(?:[Aa]n?|[Tt]he) (?=[A-Za-z]{3})"
-     r"(?!(?:and|only|sqrt|log|(?:arc)?(?:sin|cos|tan))\b)", r"\1"),               # an ellipse
     (r"(?i)\bnegative (?=[\d\\.])", "-"), (r"(?i)\b([ap])\.m\b\.?", r"\1m"),
     # 0.1\overline{6} = 0.1 + 6/90
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda m: "({}.{}+{}/{})".format(
@@ -201,9 +199,10 @@ def clean(answer: str) -> str:
         text = pattern.sub(new, text)
     text = WORD.sub(quote_word, text)
     bare = re.sub(r"\\frac\s*\{\s*\}\s*\{\s*\}|_\s*\{\s*\}", " ", QUOTED.sub(" ", text))
-    words = " ".join(text.replace('"', " ").split())
+    words = re.sub(r"(?i)^(?:an?|the) (?=[a-z])", "", " ".join(text.replace('"', " ").split()))
     number = words.lower() in NUMBER_WORDS and str(NUMBER_WORDS.index(words.lower()))
-    keep = re.search(r"[A-Za-z0-9]", bare) and not re.fullmatch("[IVX]{3,}", bare.strip())
+    # An article or a Roman number beside words is no answer without them.
+    keep = re.search(r"[A-Za-z0-9]", bare) and not re.fullmatch("an?|[IVX]{3,}", bare.strip())
     text = bare if keep else number or words
     text = re.sub(r"^[\s=:,;]+|(?:[\s=:,;.*/?]|\\cdot|\\times)+$", "", text)
     return "" if re.fullmatch(r"[\s{}()\[\]]*", text) else text

@@ -123,16 +123,16 @@ def read_samples(tokenizer, args) -> list[dict]:
     rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
     end, made = sample.end_of_turn(tokenizer), []
     for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
-        ids = row.get("response_ids")
-        if ids is None:
+        ids, made_here = row.get("response_ids"), "response_ids" in row
+        if not made_here:
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
             ids += [end] * (ids[-1:] != [end] and row.get("finished", row.get("kind") != "prefix"))
         new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
-        if "response_ids" in row and (
+        if made_here and (
                 row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
                              "--instruction and --template give")
-        made.append(row if "response_ids" in row else new)
+        made.append(row if made_here else new)
     return made
 
 

@@ -132,6 +132,7 @@ EQUAL = {
         (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), ("(C)", "C"), (r"\text{(C)}", "C"),
         (r"\textbf{(C)}", "(C)"), ("C", "(C) 12"), (r"\text{no solution}", "no solution"),
         ("October 30", r"\text{October 30}"), (r"\mathrm{yes}", "Yes"), (r"\text{C}", "C."),
+        (r"$\text{A}$.", "A"),
         (r"\text{ellipse}", "an ellipse"), ("A and B", "B, A"),
         ("Quadrant III", r"\text{Quadrant III}"), ("I, II, III", "III, II and I"),
     ],

@@ -492,7 +492,8 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
              {"question": "How many?", "kind": "full",
               "completion": [{"role": "assistant", "content": text}]},
              {"question": "How many?", "completion": text, "kind": "full", "finished": False},
-             {"question": "How many?", "completion": text + tokenizer.decode([end]), "kind": "full"}]
+             {"question": "How many?", "kind": "full",
+              "completion": text + tokenizer.decode([end])}]
     file = tmp_path / "elsewhere.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = tmp_path / "text"
