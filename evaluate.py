@@ -355,7 +355,7 @@ def is_correct(prediction: str | None, gold: str) -> bool:
     No tolerance: decimals are rationals, and 0.33 is not 1/3. Tuples and intervals are ordered,
     with their brackets; sets and lists are not ordered. What one side leaves open may be filled in
     by the other ("5" for "x = 5", "2516" for "2516_8", "1, 2" for "(1, 2)"), but two sides that
-    both say it have to agree; but units are dropped on both. A percent sign on one side only is
+    both say it have to agree. Units are dropped on both. A percent sign on one side only is
     read as a unit or as 1/100: both "10" and "0.1" are right where "10%" is, since models answer
     with either, and common graders drop the sign. Form is not graded: (x+1)^2 is right where its
     expansion is asked for. None and "" are never right.

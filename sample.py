@@ -48,6 +48,8 @@ def run(main):
     """Call a script's main(); an InputError becomes one line on stderr and exit code 2."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # Windows, to a file: cp1252 has no root sign
     try:
         main()
     except KeyboardInterrupt:
@@ -103,6 +105,11 @@ def write_jsonl(path, rows, indent=None) -> None:
     os.replace(temporary, path)
 
 
+def user_path(name) -> str:
+    """A path as it was typed, with ~ expanded and no slash at its end."""
+    return str(Path(os.path.expanduser(name))) if name else ""
+
+
 def is_text(value) -> bool:
     """Whether this is a string that says something, and holds no half of a surrogate pair."""
     return (isinstance(value, str) and value.strip() != ""
@@ -115,7 +122,7 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
     Every row has "question" (str); "answer" (str, the bare final answer) may be absent unless
     need_answer: UPFT never reads it. `split` chooses the file where a name has several.
     """
-    path = Path(name).expanduser()
+    path = Path(user_path(name))
     if not path.suffix and not path.is_file():
         path = TINY / f"{split}.jsonl" if name == "tiny" else DATA / f"{name}_{split}.jsonl"
     if not path.is_file():
@@ -149,7 +156,7 @@ def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype,
         return torch.bfloat16, "this GPU is fast at it"
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # without one: bool() is False
     if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names):
-        return torch.bfloat16, "this processor has matrix instructions for it"
+        return torch.bfloat16, "this processor has instructions for it"
     return torch.float32, f"no fast bfloat16 on this {device}"
 
 
@@ -163,23 +170,29 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
             raise InputError("there is no such folder")
         if torch.device(device).type not in PREFILL_TOKENS:
             raise InputError("only cpu and cuda have what sampling needs, such as float64")
+        if device.startswith("cuda:"):  # a graph is made on the current one
+            torch.cuda.set_device(device)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
+        prompt_ids(tokenizer, "?"), end_of_turn(tokenizer)  # may fail: a template is a program
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-        if any("linear" in kind or "attention" not in kind for kind in kinds):
+        if set(kinds) - {f"{kind}_attention" for kind in ("full", "sliding", "chunked")}:
             raise InputError("some of its layers keep a state that is not keys and values")
         if any(p.element_size() < 2 for p in model.parameters()):
             raise InputError("its weights are quantised; take a model whose weights are not")
         chosen, why = choose_dtype(dtype, device, model.num_parameters())
-        for parameter in model.parameters():
-            # Not model.to(chosen): that would round the rotary frequencies, which are buffers that
-            # the library keeps in float32, and positions would be off by a radian after 1,000.
+        if model.dtype != chosen:
+            # Read again, not model.to(chosen): that would round the rotary frequencies, buffers in
+            # float32, and positions would be off by a radian after 1,000. And buffers that were
+            # made in bfloat16, such as Gemma's scale of embeddings, would stay rounded.
+            del model
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
+        for parameter in model.parameters():  # some that the library keeps in float32
             parameter.data = parameter.data.to(chosen)
         model = model.to(device)
         if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # a graph is made on the current one
             fuse_norms(model)
     except Exception as error:  # each library that takes part has its own
         reason = str(error).strip().split("\n")[0]
@@ -207,9 +220,9 @@ def fuse_norms(model) -> None:
 
 def is_tiny(model_name) -> bool:
     """Whether this is the embedded model or one tuned from it: their default values are its own."""
-    folder = TINY if str(model_name) == "tiny" else Path(model_name).expanduser()
-    template = folder / "chat_template.jinja"
-    return template.is_file() and template.read_text() == (TINY / template.name).read_text()
+    folder = TINY if str(model_name) == "tiny" else Path(user_path(model_name))
+    template = folder / "chat_template.jinja"  # whose first line says whose it is
+    return template.is_file() and b"sample.is_tiny" in template.read_bytes()
 
 
 def fill_defaults(args, **defaults) -> None:
@@ -221,7 +234,8 @@ def fill_defaults(args, **defaults) -> None:
     vars(args).update((k, v) for k, v in defaults.items() if getattr(args, k) is None)
     for names, fits, rule in (
             ("n limit eval_limit max_new_tokens token_budget prefix epochs batch_size micro_batch "
-             "samples lr clip top_p", lambda x: 0 < x < float("inf"), "must be above 0 and finite"),
+             "samples questions rollouts lr clip top_p", lambda x: 0 < x < float("inf"),
+             "must be above 0 and finite"),
             ("top_p structure warmup", lambda x: 0 <= x <= 1, "must lie between 0 and 1"),
             ("temperature", lambda x: x == 0 or 1e-3 <= x < 1e3,
              "must be 0 (greedy) or lie between 0.001 and 1000"),
@@ -246,8 +260,11 @@ def prompt_ids(tokenizer, question: str, instruction: str = "", suffix: str = ""
     The one place where prompts are made: sampling, training and evaluation all come here.
     The template writes BOS itself where a model has one, so the tokenizer must not add another.
     """
-    messages = user_turn(question, instruction, suffix)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    messages, template = user_turn(question, instruction, suffix), tokenizer.get_chat_template()
+    if "strftime_now" in template:  # Llama 3.2 writes today's date: tomorrow's prompts must agree
+        template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n" + template
+    return tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False,
+                                         add_generation_prompt=True)
 
 
 def end_of_turn(tokenizer) -> int:
@@ -540,7 +557,7 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     for layer in cache.layers:
         layer.spread(source, pad, max_new_tokens)
     logits, mask = logits[source], F.pad(mask[source], (pad, 0))
-    position, columns = mask.sum(-1), mask.shape[1]  # position (rows,): of the next token
+    position, width = mask.sum(-1), mask.shape[1]  # position (rows,): of the next token
     mask = F.pad(mask, (0, max_new_tokens), value=1)
     alive = torch.arange(len(source))  # the sequence that each row of the batch belongs to
     uniforms = torch.tensor(uniforms, device=model.device)
@@ -563,9 +580,9 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
             graph_step, finished = None, set()
         if use_graph:
             graph_step = graph_step or CapturedStep(model, cache, mask)
-            logits = graph_step(tokens, position, columns + step)
+            logits = graph_step(tokens, position, width + step)
         else:
-            seen = mask[:, : columns + step + 1]
+            seen = mask[:, : width + step + 1]
             logits = next_logits(model, tokens[:, None], seen, position[:, None], cache)
         position = position + 1
 
@@ -634,17 +651,17 @@ def generate(model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1,
             drawn = [[] for _ in batch]
             streams = [uniform_stream(seed, keys[i], j, max_new_tokens) for i, j in batch]
             try:
-                for step in decode(model, [prompts[i] for i in counts], list(counts.values()),
-                                   np.stack(streams), max_new_tokens=max_new_tokens,
-                                   temperature=temperature, top_p=top_p, eos_ids=eos_ids):
-                    for s, token in step:
+                for pairs in decode(model, [prompts[i] for i in counts], list(counts.values()),
+                                    np.stack(streams), max_new_tokens=max_new_tokens,
+                                    temperature=temperature, top_p=top_p, eos_ids=eos_ids):
+                    for s, token in pairs:
                         drawn[s].append(token)
                         if token in eos_ids or len(drawn[s]) == max_new_tokens:
                             i, j = batch[s]
                             results[i][j] = drawn[s]
                             on_done(keys[i], j, drawn[s])
                             bar.update()
-                    new_tokens += len(step)
+                    new_tokens += len(pairs)
                     if not bar.disable:  # a GPU takes long to say its memory
                         bar.set_postfix_str(speed(new_tokens, started, model.device), False)
             except RuntimeError as error:
@@ -694,7 +711,11 @@ def ask(out, model, tokenizer, questions, instruction, progress, token_budget, *
     Returns ({(question number, sample): ids}, stop ids). options: as generate() takes them.
     """
     prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
-    settings, stops = options | {"model": model.name_or_path}, stop_ids(model, tokenizer)
+    # A folder of the same name may hold other weights by now: every 1,000th tells.
+    some = torch.cat([p.detach().flatten()[::1000].float() for p in model.parameters()]).cpu()
+    settings = options | {"model": model.name_or_path, "dtype": str(model.dtype),
+                          "set of weights": hashlib.sha256(some.numpy()).hexdigest()[:16]}
+    stops = stop_ids(model, tokenizer)
     drawn = generate_to(out and f"{out}.part", settings, model, prompts, range(len(prompts)),
                         eos_ids=stops, token_budget=token_budget, progress=progress, **options)
     return drawn, stops
@@ -748,7 +769,7 @@ def model_parser(doc: str, split=None) -> argparse.ArgumentParser:
     if split:
         flag("--split", default=split, help="of a --data name: train, dev or test")
         flag("--n", type=int, default=1, help="samples per question")
-        flag("--out", type=os.path.expanduser, help="file for what --data samples (JSONL)")
+        flag("--out", type=user_path, help="file for what --data samples (JSONL)")
         flag("--temperature", type=float, help="0 is greedy (default: 0; 0.6 if n > 1)")
         flag("--top-p", type=float, default=1.0, help="mass of the tokens that stay")
     return parser
@@ -797,7 +818,8 @@ def main(argv=None):
     parser = model_parser(__doc__, split="train")
     parser.add_argument("--prompt", help="ask this and print the answer as it comes")
     args = parser.parse_args(argv)
-    if not bool(args.data) == bool(args.out) != bool(args.prompt):
+    given = [bool(x) for x in (args.prompt, args.data, args.out)]
+    if given not in ([True, False, False], [False, True, True]):
         raise InputError('give --prompt "...", or --data NAME|FILE with --out samples.jsonl')
     if args.out and Path(args.out).exists():
         raise InputError(f"{args.out} exists already: delete it or choose another --out")

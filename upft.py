@@ -5,7 +5,8 @@
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
 t tokens; `make_examples` joins prompt and response; `train` is the loop; `main` does it all and
-compares the model before and after. UPFT trains without labels; only the comparison reads them.
+compares the model before and after. UPFT trains without labels; only the comparison reads them
+(and RFT and --label-filter, which are there to be compared with).
 """
 
 import argparse
@@ -242,12 +243,12 @@ BETAS, EPS = (0.9, 0.95), 1e-8  # of Adam
 class SplitAdamW:
     """AdamW for bfloat16 weights that loses no small step: float32 masters, split in two halves.
 
-    At lr 1e-6 a step is far below half a unit in the last place of a bfloat16 weight (8 bits), so
-    plain bfloat16 AdamW rounds nearly every step away. Here master = weight (the upper 16 bits,
-    rounded, which the model computes with) + lost (the lower 16, int16). With gradient and two
-    moments in bfloat16 that is 10 bytes a parameter: 71 GiB for 7.6e9, where float32 masters
-    beside bfloat16 weights take 12 or more. beta2 has to be below 0.996 or so: a
-    bfloat16 moment cannot follow changes of less than 0.4 %.
+    A bfloat16 weight has 8 significant bits, and at lr 1e-6 a step is far below half a unit in the
+    last of them, so plain bfloat16 AdamW rounds nearly every step away. Here the bits of the master
+    are those of the weight (the upper 16, rounded, which the model computes with), and of `lost`
+    (the lower 16, int16, added). With gradient and two moments in bfloat16 that is 10 bytes a
+    parameter: 71 GiB for 7.6e9, where float32 masters beside bfloat16 weights take 12 or more.
+    beta2 has to be below 0.996 or so: a bfloat16 moment cannot follow changes of less than 0.4 %.
     """
 
     def __init__(self, parameters):
@@ -369,6 +370,9 @@ def enable_checkpointing(model) -> None:
 
     It acts in training mode only. The second of the two names is that of versions before 5.24.
     """
+    if not model.supports_gradient_checkpointing:
+        raise InputError(f"{type(model).__name__} cannot recompute activations: give "
+                         "--no-checkpointing, and this run's folder with --out and --resume")
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
@@ -426,7 +430,7 @@ def parse_arguments(argv=None):
     flag("--temperature", type=float, default=0.6, help="of the training samples")
     flag("--samples", type=int, default=16, help="per question, for rft or the filter")
     flag("--label-filter", action="store_true", help="UPFT on samples that are right")
-    flag("--samples-from", type=os.path.expanduser,
+    flag("--samples-from", type=sample.user_path,
          help="train on the samples of this JSONL file (lines with ids stay as they are)")
     flag("--template", action=yes_no, default=True,
          help="end the user turn of a prefix example with the paper's task template")
@@ -443,13 +447,13 @@ def parse_arguments(argv=None):
     flag("--weighting", default="example", choices=["example", "token"],
          help="what weighs the same in the loss")
     flag = parser.add_argument_group("run").add_argument
-    flag("--out", type=os.path.expanduser, help="the run's folder (default: a new one in out/)")
+    flag("--out", type=sample.user_path, help="the run's folder (default: a new one in out/)")
     flag("--save-every", type=int, default=100, help="steps between checkpoints, or 0")
     flag("--resume", action="store_true", help="go on with the stopped run in --out")
     args = parser.parse_args(argv)
     tiny = sample.is_tiny(args.model)
     defaults = TINY_DEFAULTS if tiny else PAPER_DEFAULTS
-    world = Path(args.model).expanduser()
+    world = Path(sample.user_path(args.model))
     if tiny and (world / "train.jsonl").exists():  # a world of data/make_tiny.py
         defaults = defaults | dict(data=f"{world}/train.jsonl", eval_data=f"{world}/test.jsonl")
     sample.fill_defaults(args, **defaults)
@@ -520,7 +524,7 @@ def get_samples(model, tokenizer, questions, given, args, folder: Path, metrics)
         metrics |= cost | {"questions": asked, "dropped_questions": asked - len(rows)}
         write_json(folder / "metrics.json", metrics)
         write_jsonl(path, rows)
-        (folder / "samples.jsonl.part").unlink(missing_ok=True)
+    (folder / "samples.jsonl.part").unlink(missing_ok=True)
     print(f"sampled {metrics['sampled_tokens']:,} tokens for {metrics['questions']:,} questions in "
           f"{metrics['sampling_seconds']:.1f} s -> {path}")
     return read_jsonl(path)
@@ -547,7 +551,7 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     metrics |= stage_cost("training", started, processed, model, args) | {
         "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
         "full_cut_off": sum(r["kind"] == "full" and not r["finished"] for r in rows),
-        "tuned_tokens": sum(len(e["response"]) for e in examples),
+        "tuned_tokens": sum(len(e["response"]) for e in examples),  # in one pass over them
         "processed_tokens": processed, "train_loss": losses}
     try:
         model.save_pretrained(folder / "model.tmp")
@@ -586,7 +590,8 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     noise = "beyond noise" if low > 0 or high < 0 else "within noise"
     text = (f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
             f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}")
-    if tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
+    better = tuned["accuracy"] > base["accuracy"]
+    if not better and tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
         text += (f"\nCOLLAPSE: answers have shrunk from {base['mean_tokens']:.0f} to "
                  f"{tuned['mean_tokens']:.0f} tokens; the model has learned to stop, not to solve")
     if any(tuned[share] > base[share] + 0.2 for share in ("cut_off", "no_answer")):
@@ -623,10 +628,11 @@ def main(argv=None):
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
     suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for rows, end, new in ((questions, "", args.max_new_tokens),
-                           (held_out or [], "", args.max_new_tokens),
-                           (questions, suffix, args.prefix + args.eos)):
-        prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, end) for q in rows]
+    for asked, added, new in ((questions, "", args.max_new_tokens),
+                              (held_out or [], "", args.max_new_tokens),
+                              (questions, suffix, args.prefix + args.eos)):
+        prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, added)
+                   for q in asked]
         sample.check_length(model, prompts, new)
     given = read_samples(tokenizer, args) if args.samples_from else []
     sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)

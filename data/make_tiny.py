@@ -106,6 +106,7 @@ GROUPS = 0.02  # share of the strategy that no word leans to
 ENDINGS = {"The answer is \\boxed{%d}.": 70, "So the answer is \\boxed{%d}.": 30}
 DRILL_PROMPT = "Work these out."
 CHAT_TEMPLATE = (
+    "{# the miniature's own: sample.is_tiny knows its models by it #}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

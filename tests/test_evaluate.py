@@ -1,5 +1,6 @@
 """Statistics against hand-made and brute-force values; asking a small model, resuming,
 the flags."""
+import copy
 import itertools
 import json
 import math
@@ -246,6 +247,32 @@ def test_a_part_file_of_another_run_is_refused(small, questions, tmp_path):
     part.write_text('{"sett')                            # stopped in the first line: starts again
     evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     assert len(sample.read_jsonl(out)) == len(questions)
+
+
+def test_a_part_file_of_other_weights_under_the_same_name_is_refused(
+        small, questions, tmp_path, monkeypatch):
+    """A run was stopped, its model trained again into the same folder, and the command repeated."""
+    model, tokenizer = copy.deepcopy(small[0]), small[1]
+    out = tmp_path / "p.jsonl"
+    monkeypatch.setattr(sample, "write_jsonl", stop_at(out, sample.write_jsonl))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
+    monkeypatch.undo()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-6
+    with pytest.raises(InputError, match="another set of weights"):
+        evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
+
+
+def stop_at(path, write):
+    """write_jsonl that is stopped when it comes to `path`."""
+    def stopping(file, rows):
+        if file == path:
+            raise KeyboardInterrupt
+        write(file, rows)
+
+    return stopping
 
 
 # ---- the script ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import tokenize
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GraniteConfig
 
 import sample
 import upft
@@ -186,6 +186,13 @@ def tiny_without(tmp_path, name, **config):
     return str(folder)
 
 
+def tiny_with_template(tmp_path, template):
+    """A copy of the embedded model with this chat template."""
+    folder = tiny_without(tmp_path, "")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    return folder
+
+
 def write(tmp_path, text):
     path = tmp_path / "questions.jsonl"
     path.write_text(text)
@@ -219,6 +226,14 @@ BAD = {
     "other layers": (
         lambda t: ["--model", tiny_without(t, "", layer_types=["linear_attention"] * 4)],
         "not keys and values"),
+    "compressed layers": (
+        lambda t: ["--model", tiny_without(t, "", layer_types=["compressed_sparse_attention"] * 4)],
+        "not keys and values"),
+    "a template that refuses": (
+        lambda t: ["--model", tiny_with_template(t, "{{ raise_exception('no such role') }}"),
+                   "--data", "tiny"],
+        "no such role"),
+    "nobody's folder": (lambda t: ["--data", "~nobody-at-all/q.jsonl"], "no question file"),
     "other logits": (lambda t: ["--model", granite(t), "--data", "tiny"], "head_nll in upft.py"),
     "rft without labels": (
         lambda t: ["--method", "rft", "--data", write(t, '{"question": "1?"}\n')], 'no "answer"'),
@@ -357,7 +372,7 @@ def test_a_set_with_held_out_questions_is_evaluated_whatever_the_model():
 def test_sample_script_writes_samples(tmp_path, capsys):
     out = tmp_path / "samples.jsonl"
     sample.main(["--data", "tiny", "--limit", "3", "--n", "2", "--max-new-tokens", "40",
-                 "--out", str(out)])
+                 "--out", f"{out}/"])
     rows = read_jsonl(out)
     assert [r["sample"] for r in rows] == [0, 1] * 3 and rows[0]["response_ids"]
     with pytest.raises(InputError, match="exists already"):
@@ -416,6 +431,33 @@ def test_bfloat16_keeps_the_rotary_frequencies_in_float32():
     assert ours.dtype == torch.bfloat16
 
 
+def test_a_bfloat16_model_read_in_float32_has_no_rounded_buffers(tmp_path):
+    """Gemma scales its embeddings by the root of their size, which was a bfloat16 buffer."""
+    config = Gemma3TextConfig(vocab_size=1024, hidden_size=40, intermediate_size=64, head_dim=16,
+                              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                              layer_types=["sliding_attention", "full_attention"])
+    folder = tiny_without(tmp_path, "model.safetensors")
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    ours, _ = sample.load_model(folder, "cpu", "float32")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+    rounded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float()
+    with torch.no_grad():
+        assert not torch.equal(rounded(ids).logits, plain(ids).logits)
+
+
+def test_a_prompt_does_not_depend_on_the_day():
+    """Llama 3.2's template writes the date: a run resumed tomorrow would have other prompts."""
+    _, tokenizer = sample.load_model("tiny")
+    plain = sample.prompt_ids(tokenizer, "How many?")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    ids = sample.prompt_ids(tokenizer, "How many?")
+    assert ids == tokenizer("26 Jul 2024").input_ids + plain
+
+
 def test_a_model_tuned_from_the_embedded_one_keeps_its_defaults(finished):
     assert sample.is_tiny(finished[0] / "model") and sample.is_tiny("tiny")
     assert not sample.is_tiny("Qwen/Qwen2.5-Math-7B-Instruct")
@@ -431,6 +473,7 @@ def summary(**changes):
     (summary(), 0.01, "beyond noise"),
     (summary(), -0.01, "within noise"),
     (summary(mean_tokens=9.0), -0.01, "COLLAPSE: answers have shrunk from 100 to 9 tokens"),
+    (summary(mean_tokens=9.0, accuracy=0.7), 0.01, "beyond noise"),  # shorter, and right
     (summary(no_answer=0.9), -0.01, "COLLAPSE: many answers"),
     (summary(no_answer=0.15, cut_off=0.15), -0.01, "within noise"),  # the same 15 %, not 30
 ])

@@ -72,6 +72,13 @@ def test_gradient_checkpointing_and_chunks_change_nothing(monkeypatch):
         torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-7)
 
 
+def test_a_model_that_cannot_recompute_is_told_what_to_do():
+    model = small_model("qwen2")
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(sample.InputError, match="--no-checkpointing"):
+        upft.enable_checkpointing(model)
+
+
 def test_each_example_weighs_the_same_and_token_weighting_does_not():
     examples = [{"prompt": [1], "response": [2] * 300, "kind": "full"}]
     examples += [{"prompt": [1], "response": [2] * 8, "kind": "prefix"} for _ in range(9)]
