@@ -158,9 +158,10 @@ def write_whole(path: Path, data: bytes) -> None:
 def read_record(out: Path) -> dict:
     """What earlier runs wrote into `out`; empty if there is no record or it is damaged."""
     try:
-        return json.loads((out / RECORD).read_bytes())
+        record = json.loads((out / RECORD).read_bytes())
     except (FileNotFoundError, ValueError):
-        return {}
+        record = None
+    return record if isinstance(record, dict) else {}
 
 
 def prepare(file: dict, source: str | None, out: Path) -> None:

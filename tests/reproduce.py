@@ -8,15 +8,15 @@
     python tests/reproduce.py failure                      # a world where UPFT does harm
     python tests/reproduce.py figures                      # pictures of all of it
     python tests/reproduce.py pooled --files W0 W1 W2      # means of the tables of several worlds
-    python tests/reproduce.py real                         # data/figures/real.json, its intervals
+    python tests/reproduce.py real --out data/figures      # the intervals of its real.json
     python tests/reproduce.py quantise --bits 4            # a model that went through 4-bit weights
 
 Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/tables
 and <out>/ablations, and what is already there is not made again: a stopped reproduction goes on.
 Two processes can share one <out> once its base is measured, with different --seeds; then run it
 once with all of them, for the table. (Their seconds are those of a shared machine.) `tables
---methods` without a name measures --model alone. Another world of data/make_tiny.py is
-    --model out/world --data out/world/train.jsonl --eval-data out/world/test.jsonl
+--methods` without a name measures --model alone. With --model out/world, a world of
+data/make_tiny.py, its own questions are the default.
 """
 
 import argparse
@@ -147,8 +147,9 @@ def openings(args):
             model, [p + start for p in prompts], max_new_tokens=args.max_new_tokens - len(start),
             eos_ids=stops, token_budget=args.token_budget, progress="evaluate",
         )  # fmt: skip
-        rows = [q | {"tokens": len(start + ids), "finished": ids[-1] in stops} | evaluate.grade(
-                    tokenizer.decode(start + ids, skip_special_tokens=True), q["answer"])
+        rows = [q | {"tokens": len(start + ids), "finished": not stops.isdisjoint(ids[-1:])}
+                | evaluate.grade(tokenizer.decode(start + ids, skip_special_tokens=True),
+                                 q["answer"])
                 for q, [ids] in zip(questions, drawn)]  # fmt: skip
         free = free or rows
         row = {"opening": text, **evaluate.summarize(rows), "paired": evaluate.compare(free, rows)}
@@ -201,8 +202,16 @@ def measure(args, model_name, folder: Path) -> dict:
     return result | {"log_likelihood": likelihood(args, model, tokenizer)}
 
 
-def check_settings(args) -> None:
-    """InputError where <out>/<command> holds runs of another model, or with other flags."""
+def check_settings(args, need_answer: bool) -> None:
+    """InputError where <out>/<command> holds runs of another model, or with other flags.
+
+    And where a file is not as it should be: told before anything is noted down or measured.
+    """
+    sample.load_questions(args.data, "train", args.limit, need_answer)
+    sample.load_questions(args.eval_data, "test", args.eval_limit, need_answer=True)
+    solved = sample.load_questions(args.solutions, "test") if args.solutions else []
+    if not all(sample.is_text(row.get("solution")) for row in solved):
+        raise sample.InputError(f'{args.solutions}: a line has no "solution"')
     record = args.runs / "settings.json"
     names = ("model data eval_data eval_limit limit several solutions extra instruction "
              "max_new_tokens dtype seed").split()  # fmt: skip
@@ -250,9 +259,11 @@ def run(args, variant: str, flags: list[str], seed: int) -> dict:
 
 def gains(args, folders: list[Path]) -> np.ndarray:
     """Tuned minus base, (runs, questions), of the greedy answers."""
-    base = evaluate.question_means(sample.read_jsonl(args.runs / "base/greedy.jsonl"))
-    return np.array([evaluate.question_means(sample.read_jsonl(f / "greedy.jsonl")) - base
-                     for f in folders])  # fmt: skip
+    base, *tuned = (sample.read_jsonl(f / "greedy.jsonl") for f in [args.runs / "base", *folders])
+    for rows in tuned:
+        evaluate.compare(base, rows)  # InputError if these are answers to other questions
+    return np.array([evaluate.question_means(rows) for rows in tuned]
+                    ) - evaluate.question_means(base)  # fmt: skip
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -276,7 +287,7 @@ def with_interval(values: np.ndarray) -> list[float]:
 
 def compare(args, name: str, variants: dict) -> None:
     """Run every variant with every seed, print a row for each, save them as <name>.json."""
-    check_settings(args)
+    check_settings(args, any({"rft", "--label-filter"} & set(f) for f in variants.values()))
     base = base_of(args)
     rows = [{"variant": "base", "accuracy": base["greedy"]["accuracy"], **extras([base]),
              "opening": opening(args, args.runs / "base")}]  # fmt: skip
@@ -350,11 +361,6 @@ def tables(args):
 
 def failure(args):
     """Tables of the world `data/make_tiny.py --world trap --out out/trap`."""
-    if args.model == "tiny":
-        world = ROOT / "out/trap"
-        args.model, args.data, args.eval_data = map(
-            str, (world, world / "train.jsonl", world / "test.jsonl"))  # fmt: skip
-        args.opening = "two changes|in pairs|in short steps"
     if not Path(args.model).exists():
         raise sample.InputError("first make it: data/make_tiny.py --world trap --out out/trap")
     compare(args, "failure", {name: METHODS[name] for name in args.methods})
@@ -367,6 +373,8 @@ def pooled(args):
     """
     worlds = [{r["variant"]: r for r in json.loads(Path(f).read_text())["rows"]}
               for f in args.files]  # fmt: skip
+    if not worlds:
+        raise sample.InputError("give --files: tables.json of several worlds")
 
     def show(name, parts):
         centre, low, high = 100 * np.array(parts).T
@@ -375,42 +383,50 @@ def pooled(args):
         print(f"{name:<44}{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]")
 
     for name, row in worlds[0].items():
-        if name != "base":
+        if name != "base" and all(name in w for w in worlds):
             show(name, [[w[name][key] for key in ("difference", "low", "high")] for w in worlds])
-            for other in row["above"]:
+            above = [w[name].get("above", {}) for w in worlds]
+            for other in (o for o in row.get("above", {}) if all(o in some for some in above)):
                 show(f"  {name} - {other}", [w[name]["above"][other] for w in worlds])
 
 
 def real(args):
     """Runs of the real model, from <out>/real.json: accuracy, difference to the base, and means.
 
-    Runs that differ in their seed only are averaged over their seeds for each question, and so are
-    the differences between them: those intervals hold the noise of the questions, not of seeds.
+    Then the differences between runs, and between means over seeds, taken for each question first:
+    those intervals hold the noise of the questions, not of seeds.
     """
     digits = lambda text: np.array([int(d) for d in text])
     kind = lambda name: name.rsplit(", seed", 1)[0]
-    show = lambda name, v: print("{:<66}{:+5.1f} [{:+.1f}, {:+.1f}]".format(
-        name, *(100 * x for x in with_interval(v.mean(0, keepdims=True)))))  # fmt: skip
+    show = lambda name, *parts: print("{:<66}{:+5.1f} [{:+.1f}, {:+.1f}]".format(
+        name, *(100 * x for x in parts)))  # fmt: skip
+    mean = lambda runs: np.mean(list(runs.values()), 0, keepdims=True)
     everywhere = {}
     for group, runs in json.loads((args.out / "real.json").read_text()).items():
         if group == "what":
             continue
-        base, gained = digits(runs["base"]), {}
+        base, gained = digits(runs["base"]), {}  # gained: kind -> {name: gain}
         print(f"\n{group}: base {base.mean():.1%}")
         for name, text in runs.items():
             low, high = evaluate.newcombe(base, digits(text))
             if name != "base":
                 gain = digits(text) - base
-                gained.setdefault(kind(name), []).append(gain)
-                everywhere.setdefault((kind(name), len(gain)), []).append(gain)
+                gained.setdefault(kind(name), {})[name] = gain
+                # A seed that was run with earlier code, too, counts once.
+                everywhere.setdefault((kind(name), len(gain)), {})[name] = gain
                 print(f"{name:<60}{digits(text).mean():6.1%}{100 * gain.mean():+5.1f} "
                       f"[{100 * low:+.1f}, {100 * high:+.1f}]")  # fmt: skip
-        for a, b in itertools.combinations(gained, 2):
-            show(f"  {b} - {a}", np.mean(gained[b], 0, keepdims=True) - np.mean(gained[a], 0))
+        for one, other in itertools.combinations(gained.values(), 2):
+            for a, b in itertools.product(one, other):
+                show(f"  {b} - {a}", (other[b] - one[a]).mean(),
+                     *evaluate.newcombe(base + one[a], base + other[b]))  # fmt: skip
+            if len(one) + len(other) > 2:
+                show(f"  {kind(b)} - {kind(a)}, means over seeds",
+                     *with_interval(mean(other) - mean(one)))  # fmt: skip
     print("\nmeans over all seeds, each minus its own base")
     for (name, _), values in everywhere.items():
         if len(values) > 1:
-            show(f"{name}, {len(values)} runs", np.array(values))
+            show(f"{name}, {len(values)} seeds", *with_interval(mean(values)))
 
 
 def ablations(args):
@@ -461,6 +477,9 @@ def figures(args):
               "tables": draw_cost}  # fmt: skip
     files = {name: args.out / f"{name}.json" for name in charts}
     found = {name: json.loads(p.read_text()) for name, p in files.items() if p.exists()}
+    if not found:
+        raise sample.InputError(f"{args.out} holds none of "
+                                f"{', '.join(p.name for p in files.values())}")  # fmt: skip
     try:
         import matplotlib
 
@@ -554,9 +573,10 @@ def main(argv=None):
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("command", choices=commands)
-    flag("--eval-data", default="tiny", help="held-out questions")
+    flag("--eval-data", help="held-out questions (default: the world's own, or tiny)")
     flag("--eval-limit", type=int, help="only the first held-out questions")
-    flag("--out", type=Path, default=ROOT / "out/reproduce", help="folder of numbers and runs")
+    flag("--out", type=lambda name: Path(sample.user_path(name)), default=ROOT / "out/reproduce",
+         help="folder of numbers and runs")
     flag("--temperature", type=float, default=0.6, help="of coverage and rollouts")
     flag("--questions", type=int, default=200, help="of coverage and rollouts")
     flag("--samples", type=int, help="a question (default: coverage 64, rollouts 16)")
@@ -567,16 +587,25 @@ def main(argv=None):
     flag("--files", nargs="+", default=[], help="of pooled: tables.json of several worlds")
     flag("--bits", type=int, default=4, choices=range(1, 9), help="of quantise")
     flag("--only", nargs="+", choices=ABLATIONS, help="these ablations only")
-    flag("--opening", default="gains first|by sorting|gains before",
+    flag("--opening",
          help="count the answers that begin so (default: the miniature's worse strategy)")
     flag("--force", nargs="+", default=[f"Let's solve this {way}" for way in
                                         ("step by step.", "with the gains first.")],
          help="the beginnings of `openings`")
     flag("--several", type=int, default=500, help="questions with eight samples each, or 0")
-    flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood')
+    flag("--solutions", help='JSONL with "question" and "solution": measure its log-likelihood '
+         "(of the first --several, if not 0)")
     flag("--extra", default="", help='for every run of upft.py, as in --extra="--lr 1e-6"')
-    parser.set_defaults(data="tiny")
     args = parser.parse_args(argv)
+    trap = args.command == "failure" and args.model == "tiny"
+    args.model = str(ROOT / "out/trap") if trap else args.model
+    args.opening = args.opening or (
+        "two changes|in pairs|in short steps" if args.command == "failure" else
+        "gains first|by sorting|gains before")  # fmt: skip
+    for name, split in (("data", "train"), ("eval_data", "test")):
+        own = Path(sample.user_path(args.model)) / f"{split}.jsonl"  # of a world
+        default = "tiny" if args.model == "tiny" or not own.exists() else str(own)
+        setattr(args, name, getattr(args, name) or default)
     sample.fill_defaults(args)
     args.runs = args.out / args.command  # of fine-tuning
     args.samples = args.samples or (64 if args.command == "coverage" else 16)

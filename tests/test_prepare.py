@@ -216,7 +216,11 @@ def damage(out):
     (out / prepare.RECORD).write_text('{"gsm8k_train.jsonl": [')
 
 
-@pytest.mark.parametrize("harm", [cut, edit, repin, damage])
+def empty(out):
+    (out / prepare.RECORD).write_text("null")
+
+
+@pytest.mark.parametrize("harm", [cut, edit, repin, damage, empty])
 def test_an_output_that_is_not_what_we_wrote_is_made_again(server, out, capsys, harm):
     run(capsys, "gsm8k", "--out", out)
     good = (out / "gsm8k_train.jsonl").read_bytes()

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -136,8 +137,56 @@ def test_the_real_runs_are_compared_with_their_own_base(reproduce, tmp_path, cap
     low, high = evaluate.newcombe(*(np.array([int(d) for d in text * 25])
                                     for text in ("0011", "0111")))  # fmt: skip
     assert f"a, seed 0 75.0%+25.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in lines
-    assert any(line.startswith("b - a +25.0 ") for line in lines)
-    assert any(line.startswith("a, 2 runs +12.5 ") for line in lines)
+    assert any(line.startswith("b, seed 0 - a, seed 0 +25.0 ") for line in lines)
+    assert any(line.startswith("a, 2 seeds +12.5 ") for line in lines)
+    runs["two"] |= {"a, seed 0": "1111" * 25, "b, seed 0": "1111" * 25}  # run again: counts once
+    (tmp_path / "real.json").write_text(json.dumps(runs))
+    reproduce.main(["real", "--out", str(tmp_path)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("a, 2 seeds +37.5 ") for line in lines)
+    assert any(line.startswith("b - a, means over seeds +37.5 ") for line in lines)
+    assert not any(line.startswith("b, 2 ") for line in lines)
+
+
+def test_bad_input_is_told_before_any_work_and_nothing_is_noted_down(reproduce, tmp_path):
+    solutions = tmp_path / "solutions.jsonl"
+    solutions.write_text('{"question": "How many?"}\n')
+    for flags, expected in (
+        (["tables", "--eval-data", "none.jsonl"], "no question file none.jsonl"),
+        (["tables", "--data", str(solutions), "--methods", "rft"], 'no "answer"'),
+        (["tables", "--solutions", str(solutions)], 'no "solution"'),
+        (["coverage", "--questions", "0"], "--questions must be above 0"),
+        (["pooled"], "give --files"), (["figures"], "holds none of coverage.json"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=expected):
+            reproduce.main([*flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_to_other_questions_are_not_compared(reproduce, tmp_path):
+    """A file was made anew under its old name, after the base had been asked."""
+    row = {"question": "1 + 1?", "answer": "2", "correct": True}
+    for name, question in (("base", "1 + 1?"), ("tuned", "2 + 2?")):
+        sample.write_jsonl(tmp_path / name / "greedy.jsonl", [row | {"question": question}])
+    args = argparse.Namespace(runs=tmp_path)
+    assert reproduce.gains(args, [tmp_path / "base"]).tolist() == [[0.0]]
+    with pytest.raises(InputError, match="the same questions"):
+        reproduce.gains(args, [tmp_path / "tuned"])
+
+
+def test_a_world_brings_its_own_questions(reproduce, tmp_path, monkeypatch):
+    shutil.copytree(sample.TINY, tmp_path / "w1")
+    found = []
+    monkeypatch.setattr(reproduce, "compare", lambda args, *_: found.append(args))
+    for flags in (["--model", str(tmp_path / "w1")], []):
+        reproduce.main(["tables", *flags])
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    shutil.copytree(sample.TINY, tmp_path / "out/trap")
+    reproduce.main(["failure"])
+    assert found[2].data == str(tmp_path / "out/trap/train.jsonl") and "pairs" in found[2].opening
+    assert [found[0].data, found[0].eval_data] == [
+        str(tmp_path / "w1" / f"{split}.jsonl") for split in ("train", "test")]
+    assert [found[1].data, found[1].eval_data] == ["tiny", "tiny"]
 
 
 def test_few_bits_leave_few_values_in_a_block(reproduce, tmp_path):
