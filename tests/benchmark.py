@@ -98,11 +98,18 @@ def judge(met: bool, model) -> bool | None:
 def race(arm, unit, ours, groups, repeats, model, limit=None, note=""):
     """Time `ours` against the best of each group {label: (bar, {candidate: function})}.
 
-    A function returns the work that it did (questions, tokens). The first round times every
-    candidate once, which also warms it up; then ours and each group's best take turns.
+    A function returns the work that it did (questions, tokens). The first round times the
+    candidates once, in their order and until one is slower than the one before, which also warms
+    them up; then ours and each group's best take turns.
     """
     rate = lambda f: timed(f, model.device, work=True)
-    first = {g: {n: rate(f) for n, f in some.items()} for g, (_, some) in groups.items()}
+    first = {g: {} for g in groups}
+    for g, (_, some) in groups.items():
+        for n, f in some.items():
+            before = list(first[g].values())
+            first[g][n] = rate(f)
+            if before and first[g][n] < before[-1]:
+                break
     best = {g: max(rates, key=rates.get) for g, rates in first.items()}
     mine, theirs = [], {g: [] for g in groups}
     for _ in range(repeats):
@@ -298,7 +305,7 @@ def full_traces(args):
     eos, length = sample.stop_ids(model, tokenizer), args.max_new_tokens
     options = dict(max_new_tokens=length, eos_ids=eos)
     sizes = [b for b in (8, 16, 32, 64, 256) if b <= len(prompts)] or [len(prompts)]
-    sizes = sizes[-1:] if model.device.type == "cuda" else sizes  # the more rows, the better
+    sizes = sizes[-1:] if model.device.type == "cuda" else sizes[::-1]  # most rows: mostly best
     for temperature in (0.0, 0.6):
         kept = {}
 
@@ -338,7 +345,7 @@ def many_samples(args):
         return lambda: count(peer_generate(model, prompts, size, eos, length, temperature=0.6, n=n))
 
     sizes = [b for b in (1, 2, 4, 16) if b <= len(prompts)]
-    sizes = sizes[-1:] if model.device.type == "cuda" else sizes[:3]
+    sizes = sizes[-1:] if model.device.type == "cuda" else sizes[2::-1]
     groups = {"generate n=16": (1.3, {f"x{b}": peer(b) for b in sizes})}
     race("16 samples a question", "tokens/s", ours, groups, args.repeats, model,
          note=f"{len(prompts)} questions, up to {length} tokens")  # fmt: skip
