@@ -258,6 +258,9 @@ def test_a_part_file_of_other_weights_under_the_same_name_is_refused(
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(model, tokenizer, questions, out=out, **SETTINGS)
     monkeypatch.undo()
+    rounded = copy.deepcopy(model).bfloat16()
+    with pytest.raises(InputError, match="another dtype"):
+        evaluate.evaluate(rounded, tokenizer, questions, out=out, **SETTINGS)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1e-6

@@ -458,6 +458,13 @@ def test_a_prompt_does_not_depend_on_the_day():
     assert ids == tokenizer("26 Jul 2024").input_ids + plain
 
 
+def test_another_model_with_the_same_kind_of_template_is_not_the_miniature(tmp_path):
+    """ChatML is common, and lr 1e-5 would be ten times too much."""
+    plain = (TINY / "chat_template.jinja").read_text().partition("#}")[2]
+    assert plain.startswith("{% for message")
+    assert not sample.is_tiny(tiny_with_template(tmp_path, plain))
+
+
 def test_a_model_tuned_from_the_embedded_one_keeps_its_defaults(finished):
     assert sample.is_tiny(finished[0] / "model") and sample.is_tiny("tiny")
     assert not sample.is_tiny("Qwen/Qwen2.5-Math-7B-Instruct")
