@@ -25,7 +25,7 @@ from sample import InputError, model_parser
 # From a whole completion to the words that state its final answer.
 
 BOX_OR_BRACE = re.compile(r"(?:boxed|fbox)\s*\{|\\(?!boxed|fbox).|[{}]", re.S)
-BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{)([^\s$]+)")
+BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s+|(?=\d))(?!\{|[A-Za-z]{2})([^\s$]+)")
 HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(?![*_]*(?:[A-Za-z]{2}|\d+[.):][ \t]+\S))(\S[^\n]*)",
                     re.M)
 PHRASE = re.compile(
@@ -46,8 +46,9 @@ NOT_ANSWERS = "correct right wrong incorrect not the a as to clear that".split()
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that `text` states, as written, or None if it states none.
 
-    In this order: the last complete \boxed{...} or \fbox{...} (nested braces count); the last
-    "#### x"; the last "the answer is x" or its like; the last number; words after "the answer is".
+    In this order: the last complete \boxed{...} or \fbox{...} (nested braces count, and of several
+    the last alone, as MATH's own answers have it); the last "#### x"; the last "the answer is x"
+    or its like; the last number; words after "the answer is".
     A box that the length limit left open is not an answer, for "\boxed{12" may have been going to
     be 120: what stands before it decides. Where the text goes on after an open box only a brace was
     forgotten, and the box is read up to the end of its formula or line.
@@ -60,6 +61,8 @@ def extract_answer(text: str) -> str | None:
     words = None
     for match in reversed(list(PHRASE.finditer(text))[-20:]):
         rest = re.sub(r"\*\*|__|`", "", text[match.end():match.end() + 300]).strip()
+        if "\n" in match[0] and re.match(r"1[.)]\s+\S", rest):
+            continue                                    # "Answer:", and then a list of steps
         if answer := read_statement(rest):
             return answer
         few = re.match(r"\$?([A-Za-z]+)((?: [A-Za-z]+){0,2})\$?\s*(?:[.\n,;!]|$)", rest)
@@ -94,6 +97,10 @@ def read_statement(rest: str) -> str | None:
     as its first choice letter, formula or number.
     """
     sentence = re.split(r"\.(?=\s|$)|\n|\b(?:because|since)\b", rest, maxsplit=1)[0].strip()
+    sentence = sentence.lstrip("} ")                    # of \textbf{Answer:} 18
+    if not re.search(r"[(\[{]", sentence):              # (The answer is 18.)
+        sentence = sentence.rstrip(")]}. ")
+    sentence = re.sub(r"(?<=\d)(?:!+| \((?:\d[^()]*\)?)?)$", "", sentence)     # 18! or 18 (9*2)
     if re.search(r"\w", sentence) and not has_words(sentence):
         return result(sentence) or None
     if choice := re.match(r"\(?([A-J])\)?(?![\w'])(?! ?[a-z=+/^]| \*|\*\w)", sentence):
@@ -162,17 +169,17 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     # 0.1\overline{6} = 0.1 + 6/90
     (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda m: "({}.{}+{}/{})".format(
         m[1] or 0, m[2] or 0, m[3], 10**len(m[2]) * (10**len(m[3]) - 1))),
-    (r"\s{3,}", "  "),                                  # long runs would cost n^4 below
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])", ""),
     (r"^\s*(?:\\[(\[]|\*\*)|(?:\\[)\]]|\*\*)\s*$|`|\\?\$|[€£¥]", ""),
     (r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1"), (r"\\varnothing", r"\\emptyset"),
     (r"\\[dtc]frac", r"\\frac"), (r"\\colon\b", ":"), (r"\\([gln]e)q(?:slant|q)?\b", r"\\\1 "),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\lt\b", "<"), (r"\\gt\b", ">"),
     (r"\^?\s*(?:\\degree|\\circ|\{\s*\\circ\s*\})(?:\s*[CF]\b)?", ""),
+    (r"\s{3,}", "  "),                                  # long runs would cost n^4 in the next
     # 5th, 5^{\text{th}}
     (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}", ""),
     (r"\\(?:math(?:bf|it|cal|sf|bb)|operatorname|boldsymbol|mathrm(?=\s*\{[ied]\}))\s*"
-     r"\{?([^{}]*)\}?", r"\1"),
+     r"(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\})?", r"\1"),
     (r"(?<![A-Za-z\\])(arc(?:sin|cos|tan)|sin|cos|tan|log|ln|sqrt|pi)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![A-Za-z\\])[Ii]nf(?:ty|inity)?(?![A-Za-z])", r"\\infty "),
     (r"(?i)\\?%|(?:\\text\{\s*)?\bper\s?cent(?:age)?(?: points?)?\b(?:\s*\})?", "%"),
@@ -183,7 +190,8 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d) (?=\d{3}(?: \d{3})*(?![\d.]))(?<!\d{4} )", ""))]             # 10 000
 WORD = re.compile(r"\\(?:text(?!su[bp])[a-z]*|[mh]box|mathrm|emph)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
                   r"|(?<![\\A-Za-z\d{}_'])[A-Za-z][A-Za-z']+\.?"
-                  r"|(?<=\d)(?:[A-Za-z]{4,}|[kcm]m|kg|mph|ft|hrs?|[ap]m)\b")
+                  r"|(?<=\d)(?:[A-Za-z]{4,}|[kcm]m|kg|mph|ft|hrs?|[ap]m)\b"
+                  r"|(?<![\\\w{}'^])a(?= (?!and\b|or\b)[a-z]{2})")      # 18 a day
 QUOTED = re.compile(r'[/"]*"([^"]*)"(?:\s*\^\s*(?:\{[^{}]*\}|-?\d))?')
 
 
@@ -198,7 +206,7 @@ def clean(answer: str) -> str:
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     text = WORD.sub(quote_word, text)
-    bare = re.sub(r"\\frac\s*\{\s*\}\s*\{\s*\}|_\s*\{\s*\}", " ", QUOTED.sub(" ", text))
+    bare = re.sub(r"\\frac\s*\{\s*\}\s*\{\s*\}|_\s*\{\s*\}|\(\s*\)", " ", QUOTED.sub(" ", text))
     words = re.sub(r"(?i)^(?:an?|the) (?=[a-z])", "", " ".join(text.replace('"', " ").split()))
     number = words.lower() in NUMBER_WORDS and str(NUMBER_WORDS.index(words.lower()))
     # An article or a Roman number beside words is no answer without them.
@@ -216,9 +224,10 @@ def quote_word(match: re.Match) -> str:
         return " , "
     if lower in POWERS:
         return rf"\cdot 10^{{{POWERS[lower]}}}"          # "06": LOOSER knows by it a word was here
-    if match[1] and re.search(r"[\d,(]", word):          # \text{October 30}
-        return WORD.sub(quote_word, f" {word} ")
-    keep = match[1] is None and (lower in MONTHS or not is_word(word.strip(".")))
+    if match[1] and re.search(r"[\d,(]|\b(?:and|or|[Oo]ption|[Cc]hoice)\b", word):
+        return WORD.sub(quote_word, f" {word} ")         # \text{October 30}, \text{Option B}
+    keep = match[1] is None and word != "a" and (
+        lower in MONTHS or not is_word(word.strip(".")))
     return match[0] if keep else f' "{word}" '
 
 
@@ -250,8 +259,8 @@ def expression(text: str) -> tuple:
     """Return the values of a LaTeX or plain expression at two points; ValueError if it is none.
 
     Expressions that agree by arithmetic have equal values, others differ, but for a chance of some
-    2^-70. What functions obey beyond that is not known (ln 4 is not 2 ln 2), and a name before a
-    bracket is a factor, unless it is a known function, f or g.
+    2^-70. What functions obey beyond that is not known (ln 4 is not 2 ln 2; nor fifth roots, and
+    that i^2 is -1), and a name before a bracket is a factor, unless it is a known function, f or g.
     """
     if re.search(r"\\(?:[dt]?binom|dot)(?![a-z])|\.\\(?:overline|bar)", text):
         raise ValueError("a command that is no factor")
@@ -364,7 +373,7 @@ def is_correct(prediction: str | None, gold: str) -> bool:
     halves = [set(re.findall(r"(?<![a-z\\])([ap])\.?m\b", s.lower())) for s in (prediction, gold)]
     if all(halves) and halves[0] != halves[1]:          # 8 a.m. and 8 p.m.
         return False
-    if max(len(prediction), len(gold)) > 1000:           # Python's parser may not like it
+    if max(len(prediction), len(gold)) > 600:            # too deep for Python's parser and stack
         return squeeze(prediction) == squeeze(gold) != ""
     prediction, gold = clean(prediction), clean(gold)
     if "%" in prediction and "%" in gold:
@@ -425,11 +434,12 @@ def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool
         return sides[-1]
     if signs[0] in FLIPPED:
         sides, names, signs = sides[::-1], names[::-1], [FLIPPED.get(s, s) for s in signs[::-1]]
-    if loose and set(signs) <= {"<", r"\le"} and any(names):
+    if set(signs) <= {"<", r"\le"} and sum(names) == 1:
         low = canonical(r"-\infty", False) if names[0] else sides[0]
         high = canonical(r"\infty", False) if names[-1] else sides[-1]
-        return ("(" if names[0] or signs[0] == "<" else "[",
-                ")" if names[-1] or signs[-1] == "<" else "]", low, high)
+        interval = ("(" if names[0] or signs[0] == "<" else "[",
+                    ")" if names[-1] or signs[-1] == "<" else "]", low, high)
+        return interval if loose else (r"\in", sides[names.index(True)], interval)
     if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
         # An equation may be multiplied by a number; the ratio of what left minus right is at two
         # points does not change. (An inequality could turn around: it is compared as it is.)
@@ -473,7 +483,7 @@ def enclosed(text: str) -> str | None:
 
 def squeeze(text: str) -> str:
     """Return text without spaces, braces and case, for what is no expression."""
-    text = re.sub(r"[\s{}]", "", text)
+    text = re.sub(r"[\s{}]", "", text.replace("}{", ","))
     return text.lower() if len(text) > 1 else text
 
 
@@ -499,14 +509,16 @@ def summarize(rows: list[dict]) -> dict:
     """Return accuracy with its 95 % interval, and what explains it, of one set of predictions.
 
     n questions, `correct` right completions. The interval is Wilson's for one completion per
-    question (or if all questions score alike), else a bootstrap over questions, because completions
-    of one question are not independent. mean_tokens per completion; cut_off and no_answer are
-    shares. With k > 1 completions also "mean@k", "maj@k" (majority vote) and the unbiased "pass@1",
-    "pass@2", "pass@4", ... "pass@k".
+    question, else a bootstrap over questions, because completions of one question are not
+    independent. mean_tokens per completion; cut_off and no_answer are shares. With k > 1
+    completions also "mean@k", "maj@k" (majority vote) and the unbiased "pass@1", "pass@2",
+    "pass@4", ... "pass@k".
     """
     completions = [completion for row in rows for completion in completions_of(row)]
     k, means = len(completions) // len(rows), question_means(rows)
-    low, high = bootstrap(means) if k > 1 and np.ptp(means) else wilson(means.sum(), len(rows))
+    low, high = wilson(means.sum(), len(rows))
+    if k > 1:
+        low, high = bootstrap_or(low, high, means)
     summary = {
         "n": len(rows), "correct": sum(c["correct"] for c in completions),
         "accuracy": float(means.mean()), "low": low, "high": high,
@@ -535,6 +547,17 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(2000)]
     return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def bootstrap_or(low: float, high: float, values: np.ndarray) -> tuple[float, float]:
+    """Return bootstrap(values), but if all but a few values are alike no less than low .. high.
+
+    Resampling a few that are different says little: where only one of 30 questions was ever solved
+    it would end at three times what that one gives.
+    """
+    ends = bootstrap(values)
+    few = len(values) - np.unique(values, return_counts=True)[1].max() < 10
+    return (min(low, ends[0]), max(high, ends[1])) if few else ends
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
@@ -569,8 +592,9 @@ def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
         raise InputError("the two files do not hold the same questions in the same order")
     a, b = question_means(rows_a), question_means(rows_b)
     won, lost = ((np.flatnonzero(gain > 0) + 1).tolist() for gain in (b - a, a - b))
-    several = "completions" in rows_a[0] | rows_b[0] and np.ptp(b - a)
-    low, high = bootstrap(b - a) if several else newcombe(a, b)
+    low, high = newcombe(a, b)
+    if "completions" in (rows_a[0] | rows_b[0]):
+        low, high = bootstrap_or(low, high, b - a)
     discordant = len(won) + len(lost)
     tail = sum(comb(discordant, i) for i in range(min(len(won), len(lost)) + 1))
     return {"difference": float((b - a).mean()), "low": low, "high": high,

@@ -5,7 +5,7 @@
 
 `decode` is the whole loop; it needs `KVLayer` and `prefill`, which stand above it. `generate`
 around it forms batches and collects results.
-Everything here works on token ids: a prompt is a list of ids, made once from the model's own chat
+Everything here works on token ids: a prompt is a list of ids, made from the model's own chat
 template, and a response is the list of ids that the model sampled. Text is made only to be shown.
 """
 
@@ -23,10 +23,12 @@ from types import MethodType
 
 # Training a 7B just fits into 80 GB: let blocks grow, so that freed memory leaves no gaps. PyTorch
 # reads this at its first use of a GPU.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # its name from 2.9 on, but the older one wins
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from torch.nn import Linear, functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +49,8 @@ class InputError(Exception):
 def run(main):
     """Call a script's main(); an InputError becomes one line on stderr and exit code 2."""
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of loading, and
+    enable_progress_bars()  # not of downloads, which it means as well
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # Windows, to a file: cp1252 has no root sign
     try:
@@ -59,7 +62,7 @@ def run(main):
         if not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
             if not out_of_memory(error):
                 raise
-            error = "out of memory with one sequence alone: lower --max-new-tokens"
+            error = "out of memory: lower --max-new-tokens, or take a smaller model"
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -175,8 +178,12 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer.chat_template:
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
-        prompt_ids(tokenizer, "?"), end_of_turn(tokenizer)  # may fail: a template is a program
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        prompt_ids(tokenizer, "?")  # may fail: a template is a program
+        end_of_turn(tokenizer)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", output_loading_info=True)
+        if info["missing_keys"]:  # the library would go on with random ones
+            raise InputError(f"its files lack weights: {sorted(info['missing_keys'])[0]}, ...")
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         if set(kinds) - {f"{kind}_attention" for kind in ("full", "sliding", "chunked")}:
             raise InputError("some of its layers keep a state that is not keys and values")
@@ -302,8 +309,7 @@ class KVLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         """The first call keeps the prompts' columns, each later one adds a column (rows, heads, 1,
         head_dim). Returns all columns; in a captured step also those not yet written."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self.keys is None:
             self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
             return key_states, value_states
         if self.column is not None:
@@ -412,12 +418,12 @@ class CapturedStep:
 
 def can_be_packed(model) -> bool:
     """Whether packed_weights pays: on a CPU with oneDNN's kernels for this dtype, for models that
-    are not tiny, nor so large (8 GB) that a copy of the weights might not fit.
+    are not tiny, nor so large (4 GB) that a copy of the weights might not fit.
     """
     return (model.device.type == "cpu" and torch.backends.mkldnn.is_available()
             and (model.dtype == torch.float32 or model.dtype == torch.bfloat16
                  and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-            and 5e7 < sum(p.nbytes for p in model.parameters()) < 8e9)
+            and 5e7 < sum(p.nbytes for p in model.parameters()) < 4e9)
 
 
 @contextmanager
@@ -673,17 +679,24 @@ def generate(model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1,
     return results
 
 
+def identity(model) -> dict:
+    """What tells models apart, for under one name other weights may lie by now: every 1,000th."""
+    some = torch.cat([p.detach().flatten()[::1000].float() for p in model.parameters()]).cpu()
+    return {"dtype": str(model.dtype),
+            "set of weights": hashlib.sha256(some.numpy()).hexdigest()[:16]}
+
+
 def generate_to(part, settings: dict, model, prompts, keys, *, n=1, **options) -> dict:
     """generate(), kept in a file as it goes; returns {(key, sample): ids} of all that is in it.
 
     keys: the numbers of the prompts to sample from. Every sequence is appended to the file `part`
     as it ends, and prompts of which a stopped run left all samples there are not asked again.
-    InputError if that run had other `settings` or prompts, of which the first line tells. part =
-    None keeps nothing.
+    InputError if that run had other `settings`, prompts or weights, of which the first line tells.
+    part = None keeps nothing.
     """
     check_length(model, prompts, options["max_new_tokens"])
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-    settings = settings | {"set of prompts": digest}
+    settings = settings | identity(model) | {"set of prompts": digest}
     rows = read_jsonl(part, torn_ok=True) if part and os.path.exists(part) else []
     for name, value in settings.items() if rows else ():
         if rows[0].get(name) != value:
@@ -711,12 +724,8 @@ def ask(out, model, tokenizer, questions, instruction, progress, token_budget, *
     Returns ({(question number, sample): ids}, stop ids). options: as generate() takes them.
     """
     prompts = [prompt_ids(tokenizer, q["question"], instruction) for q in questions]
-    # A folder of the same name may hold other weights by now: every 1,000th tells.
-    some = torch.cat([p.detach().flatten()[::1000].float() for p in model.parameters()]).cpu()
-    settings = options | {"model": model.name_or_path, "dtype": str(model.dtype),
-                          "set of weights": hashlib.sha256(some.numpy()).hexdigest()[:16]}
     stops = stop_ids(model, tokenizer)
-    drawn = generate_to(out and f"{out}.part", settings, model, prompts, range(len(prompts)),
+    drawn = generate_to(out and f"{out}.part", options, model, prompts, range(len(prompts)),
                         eos_ids=stops, token_budget=token_budget, progress=progress, **options)
     return drawn, stops
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
 
     UPFT: one sample per question, --prefix tokens of it, or all of it for the share --structure.
     SFT (--structure is then 1): one full sample. RFT and --label-filter: --samples full ones, of
-    which the first that evaluate.is_correct accepts is kept; questions without one are dropped.
+    which the first that evaluate.grade calls correct is kept; questions without one are dropped.
     Finished samples are appended to samples.jsonl.part, from where a stopped run goes on.
     """
     kinds = choose_kinds(len(questions), args.structure, args.seed)
@@ -68,7 +69,8 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     wanted = ["full"] * len(kinds) if args.label_filter else kinds
     for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
         keys = [i for i, k in enumerate(wanted) if k == kind]
-        # It returns all that the file holds: after the second pass, both kinds.
+        # It returns all that the file holds: after the second pass, both kinds. (Their settings
+        # are those of the run, which --resume compares.)
         drawn = sample.generate_to(
             part, {}, model, prompts, keys, n=n, max_new_tokens=limit, eos_ids=stops,
             temperature=args.temperature, seed=args.seed, token_budget=args.token_budget,
@@ -76,10 +78,10 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     rows, tokens = [], sum(map(len, drawn.values()))
     cost = {"sampled_tokens": tokens} | stage_cost("sampling", started, tokens, model, args)
     for i, question in enumerate(questions):
-        for ids in (drawn[i, j] for j in range(n)):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+        for j in range(n):  # the first that is right; without a filter, the only one
+            text = tokenizer.decode(drawn[i, j], skip_special_tokens=True)
             if not args.label_filter or evaluate.grade(text, question["answer"])["correct"]:
-                rows.append(training_row(tokenizer, question, ids, kinds[i], stops, args))
+                rows.append(training_row(tokenizer, question, drawn[i, j], kinds[i], stops, args))
                 break
     return rows, cost
 
@@ -127,12 +129,14 @@ def read_samples(tokenizer, args) -> list[dict]:
         ids, made_here = row.get("response_ids"), "response_ids" in row
         if not made_here:
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
-            ids += [end] * (ids[-1:] != [end] and row.get("finished", row.get("kind") != "prefix"))
+            if ids[-1:] != [end] and row.get("finished", row.get("kind") != "prefix"):
+                ids.append(end)
         new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
-        if made_here and (
-                row["prompt_ids"] != new["prompt_ids"] or max(ids) >= len(tokenizer)):
+        if made_here and (any(row[k] != new[k] for k in ("prompt_ids", "response_ids"))
+                          or max(ids) >= len(tokenizer)
+                          or row["kind"] == "prefix" and args.method != "upft"):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
-                             "--instruction and --template give")
+                             "--method, --prefix, --instruction and --template give")
         made.append(row if made_here else new)
     return made
 
@@ -198,16 +202,20 @@ def response_nll(model, examples: list[dict], chunk: int = 1024) -> torch.Tensor
     positions at a time, each recomputed in the backward pass, so that their logits never exist all
     at once.
     """
-    ids = [e["prompt"] + e["response"] for e in examples]
-    real = [[False] * len(e["prompt"]) + [True] * len(e["response"]) for e in examples]
-    ids, real = (pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-                 .to(model.device) for rows in (ids, real))  # (B, T)
+    def pad(rows):
+        """Lists of unequal length -> (B, T), with zeros on the right."""
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(model.device)
+
+    ids = pad([e["prompt"] + e["response"] for e in examples])
+    is_response = pad([[False] * len(e["prompt"]) + [True] * len(e["response"]) for e in examples])
     hidden = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, H)
-    # Column k predicts column k + 1: hidden states (N, H) and targets (N,), in pieces of `chunk`.
-    pieces = list(zip(hidden[:, :-1][real[:, 1:]].split(chunk), ids[real].split(chunk)))
-    if len(pieces) == 1:
-        return head_nll(model, *pieces[0])
-    return torch.cat([checkpoint(head_nll, model, h, t, use_reentrant=False) for h, t in pieces])
+    # Column k predicts column k + 1: N hidden states (H,) and N targets, in pieces of `chunk`.
+    states = hidden[:, :-1][is_response[:, 1:]].split(chunk)
+    targets = ids[is_response].split(chunk)
+    if len(states) == 1:
+        return head_nll(model, states[0], targets[0])
+    return torch.cat([checkpoint(head_nll, model, h, t, use_reentrant=False)
+                      for h, t in zip(states, targets)])
 
 
 def token_weights(examples: list[dict], batch: list[dict], weighting: str) -> torch.Tensor:
@@ -244,10 +252,10 @@ class SplitAdamW:
     """AdamW for bfloat16 weights that loses no small step: float32 masters, split in two halves.
 
     A bfloat16 weight has 8 significant bits, and at lr 1e-6 a step is far below half a unit in the
-    last of them, so plain bfloat16 AdamW rounds nearly every step away. Here the bits of the master
-    are those of the weight (the upper 16, rounded, which the model computes with), and of `lost`
-    (the lower 16, int16, added). With gradient and two moments in bfloat16 that is 10 bytes a
-    parameter: 71 GiB for 7.6e9, where float32 masters beside bfloat16 weights take 12 or more.
+    last of them, so plain bfloat16 AdamW rounds nearly every step away. Here bits of the master =
+    (bits of the weight << 16) + lost: the model computes with the weight, and `lost`, int16 with a
+    sign, is what rounding it to nearest took away. With gradient and two moments in bfloat16 that
+    is 10 bytes a parameter: 71 GiB for 7.6e9; float32 masters beside the weights take 12 or more.
     beta2 has to be below 0.996 or so: a bfloat16 moment cannot follow changes of less than 0.4 %.
     """
 
@@ -258,7 +266,9 @@ class SplitAdamW:
         device = self.parameters[0].device.type
         # Elements per call: float32 copies stay in a CPU's caches, and small on a GPU.
         self.update, self.chunk = split_adamw, (1 << 18 if device == "cpu" else 1 << 24)
-        if device == "cuda" and find_spec("triton") and (which("gcc") or which("clang")):
+        header = Path(sysconfig.get_path("include"), "Python.h")  # Triton compiles C code
+        if (device == "cuda" and find_spec("triton") and header.exists()
+                and (which("gcc") or which("clang"))):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
             self.update, self.chunk = torch.compile(split_adamw, dynamic=True), 1 << 40
 
@@ -349,7 +359,8 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}: training "
-                             f"diverged. Lower --lr (now {args.lr}) or use --dtype float32")
+                             f"diverged. Lower --lr (now {args.lr}) or use --dtype float32; "
+                             f"--samples-from {folder}/samples.jsonl saves sampling again")
         # (step + 1): even a run of one step moves the weights.
         optimizer.step(args.lr * min(1, (step + 1) / warmup))
         model.zero_grad()
@@ -404,8 +415,6 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
     if not (folder / "checkpoint.pt").exists():
         return []
     state = torch.load(folder / "checkpoint.pt", map_location="cpu")
-    if ("tensors" in state["optimizer"]) != isinstance(optimizer, SplitAdamW):
-        raise InputError("--resume: the run began in another --dtype, on another processor")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
@@ -479,20 +488,22 @@ def check_arguments(args) -> None:
 
 def choose_folder(args) -> Path:
     """The run's folder; InputError if it is in use, or if a resumed run has other settings."""
-    name = f"out/{args.method}-t{args.prefix}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.out or name)
+    name = f"{args.method}-t{args.prefix}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.out or f"out/{name}-{os.getpid()}")
+    holds_run = (folder / "settings.json").exists()
     if args.resume:
-        if not (folder / "settings.json").exists():
+        if not holds_run:
             raise InputError(f"no run in {folder}: --resume needs --out, a stopped run's folder")
         before = json.loads((folder / "settings.json").read_text())
         # These may change between parts of a run: its result does not, beyond rounding.
-        free = ("resume", "out", "save_every", "micro_batch", "token_budget", "checkpointing")
+        free = "resume out save_every micro_batch token_budget checkpointing device dtype".split()
         changed = [f"--{k.replace('_', '-')}" for k, v in vars(args).items()
                    if k not in free and v != before.get(k)]
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is in use: give another --out, or --resume it")
+        raise InputError(f"{folder} is in use: give another --out"
+                         + ", or --resume it" * holds_run)
     return folder
 
 
@@ -560,8 +571,6 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
         raise InputError(f"cannot save the model in {folder}: {error}") from None
     write_json(folder / "metrics.json", metrics)
     os.replace(folder / "model.tmp", folder / "model")
-    model.name_or_path = str((folder / "model").resolve())  # no longer the model it began as
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
     few = math.ceil(len(losses) / 10)
     print(f"trained {len(losses)} steps on {len(examples):,} examples in "
           f"{metrics['training_seconds']:.1f} s, mean loss of the first {few} steps "
@@ -628,25 +637,33 @@ def main(argv=None):
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
     suffix = SUFFIX if args.template and args.method == "upft" else ""
-    for asked, added, new in ((questions, "", args.max_new_tokens),
-                              (held_out or [], "", args.max_new_tokens),
-                              (questions, suffix, args.prefix + args.eos)):
+    for asked, added, new_tokens in (
+            (questions, "", args.max_new_tokens),  # as sampled
+            (held_out or [], "", args.max_new_tokens),  # as graded
+            (questions, suffix, args.prefix + args.eos)):  # as trained on
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, added)
                    for q in asked]
-        sample.check_length(model, prompts, new)
+        sample.check_length(model, prompts, new_tokens)
     given = read_samples(tokenizer, args) if args.samples_from else []
     sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", vars(args))
-    print(f"run folder: {folder}", flush=True)
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if record.exists() else {
         k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
+    base = sample.identity(model)
+    if metrics.setdefault("base_model", base) != base:
+        raise InputError(f"--resume: the run in {folder} began with other weights, or in another "
+                         f"dtype: {metrics['base_model']}, now {base}")
+    choose_folder(args)  # again: while the model was loaded, another run may have begun there
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", vars(args))
+    print(f"run folder: {folder}", flush=True)
     if "paired" not in metrics:  # the run is not over
         metrics["resumed"] = args.resume
     rows = get_samples(model, tokenizer, questions, given, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)
+    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
+        (folder / name).unlink(missing_ok=True)
     if not held_out:
         return print("no --eval-data, so nothing was measured")
     after = measure("tuned", model, tokenizer, held_out, args, folder, metrics)

@@ -98,6 +98,20 @@ def test_several_completions_are_not_counted_as_independent():
     assert summary["pass@1"] == summary["pass@16"] == summary["maj@16"] == 0.5
 
 
+def test_a_few_questions_that_differ_do_not_make_an_interval_narrow():
+    """30 questions, 8 completions each: one that is solved now and then must not say more than
+    none does."""
+    none, one = ([[0] * 8] * 30, [[1, 1, 1, 0, 0, 0, 0, 0]] + [[0] * 8] * 29)
+    never, once = (evaluate.summarize(rows_of(*rows)) for rows in (none, one))
+    assert once["high"] > never["high"] == pytest.approx(evaluate.wilson(0, 30)[1])
+    same, more = (evaluate.compare(rows_of(*none), rows_of(*rows)) for rows in (none, one))
+    assert more["high"] > same["high"] > 0.1 and more["low"] < 0
+    half = [[1] * 8] * 15 + [[0] * 8] * 15               # many differ: the bootstrap alone
+    means = np.array([1.0] * 15 + [0.0] * 15)
+    low, high = evaluate.bootstrap(means)
+    assert [evaluate.summarize(rows_of(*half))[k] for k in ("low", "high")] == [low, high]
+
+
 def test_pass_at_k_is_the_average_over_all_subsets():
     for n, correct in itertools.product((1, 4, 6), (0, 1, 3, 6)):
         if correct > n:

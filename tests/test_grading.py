@@ -38,6 +38,8 @@ EQUAL = {
         (r"\frac{2}{4}", r"\frac{1}{2}"), (r"\frac{x}{2}", "x/2"), (r"\frac{x}{2}", r"\frac12x"),
         (r"\frac{a}{b}", "a/b"), (r"\frac{ 1 } { 2 }", "1/2"), ("½", "0.5"), (r"\frac ab", "a/b"),
         (r"\frac{\pi}{2}", r"\frac\pi2"), (r"\cfrac{5}{3}", "5/3"),
+        (r"\mathbf{\frac{1}{2}}", "1/2"), (r"\frac{\mathbf v}{2}", r"\frac{v}{2}"),
+        (r"\boldsymbol{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt3}{2}"),
     ],
     "mixed numbers": [
         (r"11\frac{1}{2}", "11.5"), ("11 1/2", r"\frac{23}{2}"), (r"1\frac23", "5/3"),
@@ -56,6 +58,8 @@ EQUAL = {
         ("12 m", "12"), ("0.5 L", "0.5"), ("-3 s", "-3"), ("60 km/h", "60"), ("20 m^2", "20"),
         ("30 sec", "30"), ("1,200 m", "1200"), ("200 GB", "200"), ("5 m /s", "5"),
         (r"480+480\sqrt{3}\text{ feet}", r"480(1+\sqrt{3})"), (r"9\pi \text{ sq. in.}", r"9\pi"),
+        (r"\$18 a day", "18"), (r"\text{Janet makes \$18 a day}", "18"), ("5 (apples)", "5"),
+        (r"\text{a total of 18}", "18"), (r"18 \text{ (dollars)}", "18"),
         ("3.5 million", "3,500,000"), ("$2 billion", "2000000000"), ("$4 million", "4"),
         ("5 hours.", "5"),
         (r"\text{Area} = 20", "20"), ("about 20", "20"), (r"7^{\text{th}}", "7"), ("7th", "7"),
@@ -104,6 +108,8 @@ EQUAL = {
         (r"x \lt 5", "x<5"), (r"x \gt 5", "x>5"), ("x<=5", r"x \le 5"), ("x>=5", r"x \ge 5"),
         ("x > 3", r"(3,\infty)"), (r"1 \le x < 4", "[1, 4)"), (r"x \leq 2", r"x \leqslant 2"),
         (r"x<-1 \text{ or } x>1", r"(-\infty,-1)\cup(1,\infty)"), (r"x \ne 3", r"x \neq 3"),
+        (r"x \in [-2,7]", r"-2 \le x \le 7"), (r"g(x) \in [-80,82]", r"-80\leq g(x)\leq 82"),
+        (r"x \in (3,\infty)", "x > 3"),
         (r"(x+1)^2", "x^2 + 2x + 1"), (r"\frac{1}{x} + \frac{1}{y}", r"\frac{x+y}{xy}"),
     ],
     "tuples, intervals, sets, lists": [
@@ -134,6 +140,7 @@ EQUAL = {
         ("October 30", r"\text{October 30}"), (r"\mathrm{yes}", "Yes"), (r"\text{C}", "C."),
         (r"$\text{A}$.", "A"),
         (r"\text{ellipse}", "an ellipse"), ("A and B", "B, A"),
+        (r"\text{B and E}", "B, E"), (r"\text{Option B}", "(B)"),
         ("Quadrant III", r"\text{Quadrant III}"), ("I, II, III", "III, II and I"),
     ],
     "bases": [("2516_8", "2516_{8}"), ("2516_8", "2516"), (r"1204_{\text{nine}}", "1204")],
@@ -168,7 +175,8 @@ DIFFERENT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"),
     ("3:2", "2:3"), ("1:2:3", "1:2"), (r"\infty", r"-\infty"), (r"\emptyset", "0"),
-    ("5 and 6", "5"),
+    ("5 and 6", "5"), (r"\binom{12}{3}", r"\binom{1}{23}"), ("x < y", r"(-\infty, \infty)"),
+    (r"x \in [-2,7]", r"-2 \le x < 7"), (r"x \in [-2,7]", r"-2 \le y \le 7"), ("18 a", "18"),
     ("3 million", "30"), (r"3 \cdot 10^6", "3"), (r"11\frac12", r"\frac{11}{2}"), ("2 1/2", "1"),
     ("1,200", "1.2"),
     ("x_1", "x_2"), ("x_1", "x"), ("f(x)=x", "f(x)=2x"), ("9^{9^{9}}", "9^{9^{8}}"),
@@ -218,6 +226,8 @@ EXTRACTED = [
     (r"\boxed 5.", "5"), (r"$\boxed{\frac{1}{2}}$ and done", r"\frac{1}{2}"),
     (r"\boxed{1} or rather \boxed{2}", "2"), (r"\boxed{\boxed{7}}", "7"),
     (r"first \boxed{3}, then \fbox{4}", "4"),
+    (r"This is $\boxed{28}$ or $\boxed{28_9}$.", "28_9"), (r"\boxed{7} and \boxed{8}", "8"),
+    (r"\boxed{18}. I used \boxed as asked.", "18"), (r"In \boxed notation: 3 + 4 is 7", "7"),
     (r"\boxed{\sqrt{\frac{a}{b}}}", r"\sqrt{\frac{a}{b}}"),
     (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
     ("\\boxed{\n5\n}", "5"), (r"\boxed{5 \text{ cm}}", r"5 \text{ cm}"),
@@ -267,6 +277,11 @@ EXTRACTED = [
     ("The answer is $\\$ 251.60$.", "251.60"), ("The answer is 3 million.", "3 million"),
     ("The answer is $x=3$ or $x=-2$.", "x = 3, x = -2"), ("The answer is 2 and 5.", "2, 5"),
     ("The correct answer is option C.", "C"), ("The answer is 42</s>", "42"),
+    ("(The answer is 18.)", "18"), ("So the answer is 18!", "18"), ('{"answer": 18}', "18"),
+    ("The answer is 18 (since 9 * 2 = 18).", "18"), ("The answer is 18 (9*2).", "18"),
+    (r"\textbf{Answer:} 18", "18"), (r"\text{Answer: }\frac{1}{2}", "1/2"),
+    ("The answer is [0, 1).", "[0,1)"), ("The answer is 2(9-4).", "10"),
+    ("Answer:\n1. She has 16 - 7 = 9 eggs.\n2. She makes 9 * 2 = $18.", "18"),
     ("The answer is approximately 3.14.", "3.14"), ("The answer is $x=3$ because y=2.", "3"),
     (r"The answer is \(\dfrac{7}{8}\) cups.", "7/8"), ("The answer is five.", "5"),
     # the last number
@@ -360,7 +375,8 @@ def test_short_answers_cannot_blow_up():
               r"\sqrt{" + "1234567891" * 70 + "}", "(" + "x+" * 400 + "1)^{9}", "1_" * 300,
               ">, =, <", "+, =, -", "∈", "=", "1, =, 2",
               "2^{" + "-" * 300 + "3}", "2^{" + "9*" * 400 + "9/7}",
-              "2^{" + "9/7+" * 200 + "1/0}", "7" + " " * 900 + "x", "7" + r"\quad" * 150 + "x"]
+              "2^{" + "9/7+" * 200 + "1/0}", "7" + " " * 900 + "x", "7" + r"\quad" * 150 + "x",
+              "7" + " $" * 290 + "x", "{," * 299 + "}" * 299]
     for text in tricky:
         start = time.process_time()
         assert is_correct(text, text) or not re.search(r"\w", text)

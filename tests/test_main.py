@@ -96,7 +96,7 @@ def test_training_prompts_carry_the_suffix_and_sampling_prompts_do_not(tmp_path,
         suffix = upft.SUFFIX if row["kind"] == "prefix" else ""
         assert row["prompt_ids"] == sample.prompt_ids(tokenizer, row["question"], "", suffix)
         assert row["prompt"][0]["content"].endswith(upft.SUFFIX) == (row["kind"] == "prefix")
-    run_upft(tmp_path / "plain", "--no-template", "--eos")
+    run_upft(tmp_path / "plain", "--no-template", "--eos", "--checkpointing")
     for row, plain in zip(rows, read_jsonl(tmp_path / "plain" / "samples.jsonl")):
         assert plain["response_ids"] == row["response_ids"]
         assert plain["prompt"][0]["content"] == row["question"]
@@ -285,7 +285,8 @@ def test_quantised_weights_are_refused(monkeypatch):
     model, _ = sample.load_model("tiny")
     head = model.get_output_embeddings().weight
     head.data = head.data.to(torch.float8_e4m3fn)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained",
+                        lambda *_, **__: (model, {"missing_keys": set()}))
     with pytest.raises(InputError, match="its weights are quantised"):
         sample.load_model("tiny")
 
@@ -293,6 +294,52 @@ def test_quantised_weights_are_refused(monkeypatch):
 def test_resume_refuses_other_settings(finished):
     with pytest.raises(sample.InputError, match="--prefix differ"):
         run_upft(finished[0], "--prefix", "4", "--resume")
+
+
+@pytest.mark.parametrize("stop_at", ["sampling", "training"])
+def test_resume_refuses_other_weights_or_another_dtype(tmp_path, monkeypatch, stop_at):
+    """The model's folder was trained into again; --dtype auto chooses otherwise elsewhere."""
+    model = tiny_without(tmp_path, "")
+    world = ["--model", model, "--eval-limit", "1"]
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(upft, {"sampling": "stage_cost", "training": "train"}[stop_at], stopped)
+        run_upft(tmp_path / "run", *world)
+    with pytest.raises(InputError, match="another dtype"):
+        run_upft(tmp_path / "run", *world, "--resume", "--dtype", "bfloat16")
+    other, tokenizer = sample.load_model(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1e-6
+    other.save_pretrained(model)
+    with pytest.raises(InputError, match="other weights|another set of weights"):
+        run_upft(tmp_path / "run", *world, "--resume")
+
+
+def test_a_run_that_began_while_the_model_was_loaded_is_not_joined(tmp_path, monkeypatch):
+    load = sample.load_model
+
+    def slow(*args):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "settings.json").write_text("{}")
+        return load(*args)
+
+    monkeypatch.setattr(sample, "load_model", slow)
+    with pytest.raises(InputError, match="in use: give another --out, or --resume it"):
+        run_upft(tmp_path / "run")
+
+
+def test_missing_weights_are_told(tmp_path):
+    """The library would fill them in at random and only log a warning, which scripts silence."""
+    folder = tiny_without(tmp_path, "")
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    kept = {f"module.{k}": v for k, v in model.state_dict().items()}  # as some wrappers save them
+    model.save_pretrained(folder, state_dict=kept)
+    with pytest.raises(InputError, match="its files lack weights: (lm_head|model)"):
+        sample.load_model(folder)
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
@@ -566,6 +613,10 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     with pytest.raises(InputError, match="""line 1: "finished" is 'yes'"""):
         run_upft(tmp_path / "bad", "--samples-from", str(file))
     row = read_jsonl(ours)[0]
+    short = ["--samples-from", str(ours), "--prefix", "4"]  # its prefixes have 8 tokens
+    for flags in (short, ["--samples-from", str(ours), "--method", "sft"]):
+        with pytest.raises(InputError, match="its ids are not those"):
+            run_upft(tmp_path / "bad", *flags)
     for ids, told in ((5, "needs"), ([1.5], "needs"), ([10**6], "its ids are not those")):
         file.write_text(json.dumps(row | {"response_ids": ids}))
         with pytest.raises(InputError, match=told):
