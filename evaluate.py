@@ -31,7 +31,7 @@ HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(?![*_]*(?:[A-Za-z]{2}|\d+[.):][ \t]
 PHRASE = re.compile(
     r"(?i)(?:\bans(?:wer)?\b|\b(?:option|choice)(?=\s+is\b)|答案)"
     r"(?:(?!, (?:we|I)\b(?! \w+,))[^.\n:=]){0,60}?"
-    r"(?:\b(?:is|was|would be|equals)\b|[:=：是为])"
+    r"(?:\b(?:is|was|would be|equals)\b|[:：是为]|=>?)"
     r"(?:\s*(?:therefore|thus|simply|just|equal to|given by|option|choice)\b)?[\s:*_,]*")
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}$])-|(?<!-)\bnegative )?(?:\\?[$€£]\s?)?(?<![\d.])-?"
@@ -61,7 +61,7 @@ def extract_answer(text: str) -> str | None:
     words = None
     for match in reversed(list(PHRASE.finditer(text))[-20:]):
         rest = re.sub(r"\*\*|__|`", "", text[match.end():match.end() + 300]).strip()
-        if "\n" in match[0] and re.match(r"1[.)]\s+\S", rest):
+        if "\n" in match[0] and re.match(r"1[.)][ \t]+\S", rest):
             continue                                    # "Answer:", and then a list of steps
         if answer := read_statement(rest):
             return answer
@@ -96,8 +96,8 @@ def read_statement(rest: str) -> str | None:
     A sentence without words is the answer; one with words ("$18 per day.", "5 apples") holds it
     as its first choice letter, formula or number.
     """
+    rest = rest.lstrip("} ")                            # of \textbf{Answer:} 18
     sentence = re.split(r"\.(?=\s|$)|\n|\b(?:because|since)\b", rest, maxsplit=1)[0].strip()
-    sentence = sentence.lstrip("} ")                    # of \textbf{Answer:} 18
     if not re.search(r"[(\[{]", sentence):              # (The answer is 18.)
         sentence = sentence.rstrip(")]}. ")
     sentence = re.sub(r"(?<=\d)(?:!+| \((?:\d[^()]*\)?)?)$", "", sentence)     # 18! or 18 (9*2)
@@ -191,7 +191,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
 WORD = re.compile(r"\\(?:text(?!su[bp])[a-z]*|[mh]box|mathrm|emph)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
                   r"|(?<![\\A-Za-z\d{}_'])[A-Za-z][A-Za-z']+\.?"
                   r"|(?<=\d)(?:[A-Za-z]{4,}|[kcm]m|kg|mph|ft|hrs?|[ap]m)\b"
-                  r"|(?<![\\\w{}'^])a(?= (?!and\b|or\b)[a-z]{2})")      # 18 a day
+                  r"|(?<![\\\w{}'^])(?<![-+*/=] )a(?= (?!and\b|or\b)[a-z]{2})")      # 18 a day
 QUOTED = re.compile(r'[/"]*"([^"]*)"(?:\s*\^\s*(?:\{[^{}]*\}|-?\d))?')
 
 
@@ -439,7 +439,8 @@ def relation(parts: list[str], sides: list[tuple], signs: list[str], loose: bool
         high = canonical(r"\infty", False) if names[-1] else sides[-1]
         interval = ("(" if names[0] or signs[0] == "<" else "[",
                     ")" if names[-1] or signs[-1] == "<" else "]", low, high)
-        return interval if loose else (r"\in", sides[names.index(True)], interval)
+        unnamed = loose or len(sides) < len(names)      # "> 5"
+        return interval if unnamed else (r"\in", sides[names.index(True)], interval)
     if len(sides) == 2 and sides[0][0] == sides[1][0] == "value":
         # An equation may be multiplied by a number; the ratio of what left minus right is at two
         # points does not change. (An inequality could turn around: it is compared as it is.)
@@ -483,7 +484,7 @@ def enclosed(text: str) -> str | None:
 
 def squeeze(text: str) -> str:
     """Return text without spaces, braces and case, for what is no expression."""
-    text = re.sub(r"[\s{}]", "", text.replace("}{", ","))
+    text = re.sub(r"[\s{}]", "", re.sub(r"\}\s*\{", ",", text))
     return text.lower() if len(text) > 1 else text
 
 

@@ -31,7 +31,7 @@ import torch
 from huggingface_hub.utils import enable_progress_bars
 from torch.nn import Linear, functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
@@ -49,8 +49,9 @@ class InputError(Exception):
 def run(main):
     """Call a script's main(); an InputError becomes one line on stderr and exit code 2."""
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of loading, and
-    enable_progress_bars()  # not of downloads, which it means as well
+    transformers_logging.disable_progress_bar()  # of loading; and of downloads, which we show:
+    if not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        enable_progress_bars()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # Windows, to a file: cp1252 has no root sign
     try:
@@ -784,18 +785,6 @@ def model_parser(doc: str, split=None) -> argparse.ArgumentParser:
     return parser
 
 
-def stream(model, tokenizer, prompt: list[int], uniforms, options) -> None:
-    """Print one answer as it comes. Half a UTF-8 character waits for its other half."""
-    ids, shown, stops = [], "", stop_ids(model, tokenizer)
-    for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
-        ids += [token] if token not in stops else []
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-
-
 def sample_file(model, tokenizer, questions, args, options: dict) -> None:
     """Write n responses to each question of --data, one JSON object a line, in question order."""
     drawn, stops = ask(args.out, model, tokenizer, questions, args.instruction, "sample",
@@ -841,10 +830,14 @@ def main(argv=None):
         return sample_file(model, tokenizer, questions, args, options)
     prompt = prompt_ids(tokenizer, args.prompt, args.instruction)
     check_length(model, [prompt], args.max_new_tokens)
+    stops, streamer = stop_ids(model, tokenizer), TextStreamer(tokenizer, skip_special_tokens=True)
     with packed_weights(model):
         for j in range(args.n):
             uniforms = uniform_stream(args.seed, 0, j, args.max_new_tokens)[None]
-            stream(model, tokenizer, prompt, uniforms, options)
+            for [(_, token)] in decode(model, [prompt], [1], uniforms, eos_ids=stops, **options):
+                if token not in stops:
+                    streamer.put(torch.tensor([token]))
+            streamer.end()
 
 
 if __name__ == "__main__":

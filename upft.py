@@ -1,7 +1,7 @@
 """Unsupervised Prefix Fine-Tuning (arXiv 2503.02875): train a model on its own first few tokens.
 
     python upft.py --prefix 8    # the embedded model, about a minute
-    python upft.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --prefix 8
+    python upft.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --data gsm8k --prefix 8
 
 The method, top to bottom: `collect` samples one response per question, and decodes only its first
 t tokens; `make_examples` joins prompt and response; `train` is the loop; `main` does it all and
@@ -497,7 +497,7 @@ def choose_folder(args) -> Path:
         before = json.loads((folder / "settings.json").read_text())
         # These may change between parts of a run: its result does not, beyond rounding.
         free = "resume out save_every micro_batch token_budget checkpointing device dtype".split()
-        changed = [f"--{k.replace('_', '-')}" for k, v in vars(args).items()
+        changed = [k.replace("_", " ") for k, v in vars(args).items()
                    if k not in free and v != before.get(k)]
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
@@ -649,11 +649,8 @@ def main(argv=None):
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if record.exists() else {
         k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
-    base = sample.identity(model)
-    if metrics.setdefault("base_model", base) != base:
-        raise InputError(f"--resume: the run in {folder} began with other weights, or in another "
-                         f"dtype: {metrics['base_model']}, now {base}")
-    choose_folder(args)  # again: while the model was loaded, another run may have begun there
+    args.dtype_and_weights = sample.identity(model)
+    choose_folder(args)  # again: compare that, too; and another run may have begun there by now
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", vars(args))
     print(f"run folder: {folder}", flush=True)

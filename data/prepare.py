@@ -176,7 +176,8 @@ def prepare(file: dict, source: str | None, out: Path) -> None:
     if not right:
         data = convert(file, fetch(file, locate(file, source)))
         write_whole(path, data)
-        record[path.name] = [file["sha256"], sha256(data)]
+        # Read again: another process may have added its own while this one downloaded.
+        record = read_record(out) | {path.name: [file["sha256"], sha256(data)]}
         write_whole(out / RECORD, json.dumps(record, indent=1).encode())
     state = "already there" if right else "written"
     print(f"{path}: {file['rows']:,} rows, {state}; licence: {file['licence']}", flush=True)

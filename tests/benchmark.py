@@ -10,8 +10,9 @@
 M is a model folder, Q.jsonl has one {"question": ...} a line. One flag per arm; each prints rows
 as they come, and the table ends the run. A ratio above 1 says that we are faster (rates: ours /
 peer), the median of interleaved repeats with the lowest and the highest; in rows of seconds, ms,
-tokens or GiB it is plainly ours / the other. Peers are imported only in their
-arm: transformers' generate, TRL's SFTTrainer (pip install trl), and a plain loop with all logits.
+tokens or GiB it is plainly ours / the other. (The peers of a training step of the 7B run after
+ours, because two optimisers do not fit into a card.) Peers are imported only in their arm:
+transformers' generate, TRL's SFTTrainer (pip install trl), and a plain loop with all logits.
 Both sides always run in one precision: that of --dtype.
 """
 
@@ -213,17 +214,16 @@ def our_generate(model, prompts, **options):
     return sample.generate(model, prompts, **options)
 
 
-def peer_generate(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, full=True,
-                  ordered=False):  # fmt: skip
+def peer_generate(model, prompts, size, eos, tokens, *, temperature=0.0, n=1, ordered=False):
     """model.generate in batches of `size`; returns per prompt its n responses, up to EOS.
 
     Everything that a model's own generation config could change is set, so that both sides do
-    the same. full=False: exactly `tokens` tokens, as a prefix is.
+    the same.
     """
     set_norms(model, fused=False)
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
     config = GenerationConfig(
-        max_new_tokens=tokens, min_new_tokens=None if full else tokens, num_return_sequences=n,
+        max_new_tokens=tokens, num_return_sequences=n,
         eos_token_id=sorted(eos) or None, pad_token_id=0, repetition_penalty=1.0,
         **(how or dict(do_sample=False)),
     )  # fmt: skip
@@ -283,8 +283,7 @@ def prefix_sampling(args):
 
     def peer(size, ordered):
         def call():
-            peer_generate(model, prompts, size, eos, t, temperature=0.6, full=False,
-                          ordered=ordered)  # fmt: skip
+            peer_generate(model, prompts, size, eos, t, temperature=0.6, ordered=ordered)
             return number
 
         return call
@@ -412,7 +411,10 @@ def plain_step(model, batch, optimizer, args, lr=1e-6) -> float:
 
 
 def train_step(args):
-    """Bars: 1.3 x TRL and the plain loop on prefixes, 1.0 x TRL on full traces."""
+    """Bars: 1.3 x TRL and the plain loop on prefixes, 1.0 x TRL on full traces.
+
+    TRL reads examples in random order, and beside that, as we do, grouped by length.
+    """
     model, tokenizer, _, questions = load(args, 64)
     for kind, bar in (("prefix", 1.3), ("full", 1.0)):
         batch = training_examples(args, model, tokenizer, questions, kind)
@@ -425,39 +427,50 @@ def train_step(args):
         model.zero_grad()
         losses["plain"] = plain_step(model, batch, optimizer, args, lr=0.0)
         our_step(model, batch, optimizer, args, lr=0.0)  # makes the optimiser's state
-        seconds = {"ours": [], "plain": [], "TRL": []}
+        beside = {"plain": ([], []), "TRL": ([], []), "TRL, grouped by length": ([], [])}
 
         def round_of_others():
-            seconds["ours"].append(timed(ours, model.device))
-            seconds["plain"].append(timed(plain, model.device))
+            beside["TRL"][0].append(timed(ours, model.device))
+            beside["plain"][0].append(beside["TRL"][0][-1])
+            beside["plain"][1].append(timed(plain, model.device))
 
         try:
             losses["TRL"] = trl_steps(
-                model, tokenizer, batch, args, seconds["TRL"], round_of_others
+                model, tokenizer, batch, args, beside["TRL"][1], round_of_others
             )
+            own, theirs = beside["TRL, grouped by length"]
+            trl_steps(model, tokenizer, batch, args, theirs,
+                      lambda: own.append(timed(ours, model.device)), grouped=True)  # fmt: skip
         except ImportError as error:
             print(f"TRL is left out: {error}")
             for _ in range(args.repeats):
                 round_of_others()
-        report_training(model, batch, kind, bar, seconds, losses)
+        report_training(model, batch, kind, bar, beside, losses)
         model.eval()
 
 
-def report_training(model, batch, kind, bar, seconds, losses) -> None:
-    """The rows of one kind of examples, and the distance of the losses."""
+def report_training(model, batch, kind, bar, beside, losses) -> None:
+    """The rows of one kind of examples, and the distance of the losses.
+
+    beside: peer -> (our seconds, its seconds), measured in turns.
+    """
     tokens = sum(len(e["prompt"]) + len(e["response"]) for e in batch)
     logits = sum(len(e["response"]) for e in batch)
     # 8 operations a weight: forward 2, backward 4, and 2 for what checkpointing computes again
     limit = tokens / arithmetic(model, tokens, logits, passes=8)
-    ours = tokens / statistics.median(seconds["ours"])
-    for peer in ("TRL", "plain"):
-        if seconds[peer]:
-            ratios = [b / a for a, b in zip(seconds["ours"], seconds[peer])]
-            met = judge(statistics.median(ratios) >= bar, model)
-            add(f"training step, {len(batch)} {kind}", ours, "tokens/s",
-                tokens / statistics.median(seconds[peer]), f"{peer} (all logits)" if peer == "plain"
-                else "TRL SFTTrainer", ratios, f">= {bar}", met, limit,
-                f"{tokens} tokens, {statistics.median(seconds['ours']):.2f} s a step")  # fmt: skip
+    names = {"plain": "plain (all logits)", "TRL": "TRL SFTTrainer"}
+    for peer in ("TRL", "TRL, grouped by length", "plain"):
+        ours, theirs = beside[peer]
+        if not theirs:
+            continue
+        ratios = [b / a for a, b in zip(ours, theirs)]
+        judged = peer in losses  # grouping is not part of the bar
+        met = judge(statistics.median(ratios) >= bar, model) if judged else None
+        add(f"training step, {len(batch)} {kind}", tokens / statistics.median(ours), "tokens/s",
+            tokens / statistics.median(theirs), names.get(peer, peer), ratios,
+            f">= {bar}" * judged, met, limit,
+            f"{tokens} tokens, {statistics.median(ours):.2f} s a step")  # fmt: skip
+        if judged:
             tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
             gap = losses[peer] - losses["ours"]
             add("  its loss, token weighting", losses["ours"], "nats", losses[peer], peer,
@@ -465,7 +478,8 @@ def report_training(model, batch, kind, bar, seconds, losses) -> None:
                 note=f"difference {gap:.1e}")  # fmt: skip
 
 
-def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False) -> float:
+def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False,
+              grouped=False) -> float:  # fmt: skip
     """Add the seconds of --repeats steps of TRL's SFTTrainer on exactly these ids; its first loss.
 
     Timed from on_step_begin to on_step_end, so neither startup nor collation counts; the first
@@ -478,6 +492,7 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False) -
 
     disable_progress_bars()
     warnings.simplefilter("ignore", FutureWarning)
+    gc.collect()  # the optimiser of an earlier one
     losses, clock = [], []
 
     class Clock(TrainerCallback):
@@ -504,6 +519,7 @@ def trl_steps(model, tokenizer, batch, args, seconds, after_each, liger=False) -
             output_dir=folder, per_device_train_batch_size=size, max_steps=args.repeats + 1,
             gradient_accumulation_steps=-(-len(batch) // size), gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False}, completion_only_loss=True,
+            train_sampling_strategy="group_by_length" if grouped else "random",
             learning_rate=1e-6, lr_scheduler_type="constant", optim="adamw_torch_fused",
             adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, bf16=False, max_length=None,
             use_cpu=model.device.type == "cpu", dataloader_pin_memory=False, report_to="none",
@@ -625,17 +641,12 @@ def cycled(args, number: int, folder: Path) -> str:
     return str(path)
 
 
-def no_evaluation(args) -> list[str]:
-    """Flags that leave the evaluation out, or of the embedded model one question."""
-    return ["--eval-data", "tiny", "--eval-limit", "1"] if sample.is_tiny(args.model) else []
-
-
 def upft_vs_rft(args):
     """Sampled tokens, processed training tokens and seconds of UPFT and RFT, end to end."""
     m = {}
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--data", args.data, "--limit", str(args.questions or 64)]
-        flags += no_evaluation(args)
+        flags += ["--eval-data", ""]
         if args.trace_limit:
             flags += ["--max-new-tokens", str(args.trace_limit)]
         for method in ("upft", "rft"):
@@ -676,7 +687,7 @@ def growth(args):
     for number in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--data", cycled(args, number, Path(folder))]
-            flags += no_evaluation(args)
+            flags += ["--eval-data", ""]
             m, _, memory = whole_run(args, flags, Path(folder) / "run")
         each = {"sampling": 1e3 * m["sampling_seconds"] / number,
                 "training": 1e3 * m["training_seconds"] / number,
@@ -895,16 +906,18 @@ def gpu_train_peers(model, batch, args, ours: float, tokens: int) -> None:
     gc.collect()
     try:
         tokenizer = AutoTokenizer.from_pretrained(sample.TINY)
-        seconds["TRL SFTTrainer"] = []
-        trl_steps(model, tokenizer, batch, args, seconds["TRL SFTTrainer"], lambda: None)
+        for name, grouped in (("TRL SFTTrainer", False), ("TRL, grouped by length", True)):
+            seconds[name] = []
+            trl_steps(model, tokenizer, batch, args, seconds[name], lambda: None, grouped=grouped)
     except ImportError as error:
         print(f"TRL is left out: {error}")
     for name, times in seconds.items():
         if times:
             ratios = [s / ours for s in times]
+            met = None if "grouped" in name else statistics.median(ratios) >= 1.3
             add(f"training step 7B, {len(batch)} prefixes", tokens / ours, "tokens/s",
-                tokens / statistics.median(times), name, ratios, ">= 1.3",
-                statistics.median(ratios) >= 1.3)  # fmt: skip
+                tokens / statistics.median(times), name, ratios, "" if met is None else ">= 1.3",
+                met)  # fmt: skip
 
 
 def gpu_liger(args):
@@ -912,14 +925,17 @@ def gpu_liger(args):
     if "not installed" in (FACTS["trl"], FACTS["liger-kernel"]):
         return print("TRL with Liger is left out: pip install trl datasets liger-kernel")
     model, batch, optimizer, ours = prepared_7b(args)
-    optimizer, seconds = None, []
-    gc.collect()
+    optimizer, tokens = None, sum(map(upft.length, batch))
     tokenizer = AutoTokenizer.from_pretrained(sample.TINY)
-    trl_steps(model, tokenizer, batch, args, seconds, lambda: None, liger=True)
-    tokens, ratios = sum(map(upft.length, batch)), [s / ours for s in seconds]
-    add(f"training step 7B, {len(batch)} prefixes", tokens / ours, "tokens/s",
-        tokens / statistics.median(seconds), "TRL with Liger kernels", ratios, ">= 1.3",
-        statistics.median(ratios) >= 1.3)  # fmt: skip
+    for name, grouped in (("TRL with Liger kernels", False), ("the same, by length", True)):
+        seconds = []
+        trl_steps(model, tokenizer, batch, args, seconds, lambda: None, liger=True,
+                  grouped=grouped)  # fmt: skip
+        ratios = [s / ours for s in seconds]
+        met = None if grouped else statistics.median(ratios) >= 1.3
+        add(f"training step 7B, {len(batch)} prefixes", tokens / ours, "tokens/s",
+            tokens / statistics.median(seconds), name, ratios, "" if grouped else ">= 1.3",
+            met)  # fmt: skip
 
 
 def timed_update(model, optimizer, args) -> float:
@@ -989,6 +1005,8 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], help="of --growth")
     parser.add_argument("--out", help="write the rows there as JSON")
     args = parser.parse_args()
+    if min(args.repeats, args.prefix, args.micro_batch) < 1:
+        parser.error("--repeats, --prefix and --micro-batch must be above 0")
     args.max_new_tokens = args.trace_limit or 256
     named = lambda n: getattr(args, n.replace("-", "_"))
     chosen = [n for n in ARMS if named(n) or (args.gpu and n.startswith("gpu"))]

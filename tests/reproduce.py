@@ -6,17 +6,17 @@
     python tests/reproduce.py tables --seeds 0 1 2 3 4     # Tables 1 and 2
     python tests/reproduce.py ablations --seeds 0 1 2      # Figure 3 and further choices
     python tests/reproduce.py failure                      # a world where UPFT does harm
-    python tests/reproduce.py figures                      # pictures of all of it
+    python tests/reproduce.py figures                      # pictures of Figures 2, 3 and tables
     python tests/reproduce.py pooled --files W0 W1 W2      # means of the tables of several worlds
     python tests/reproduce.py real --out data/figures      # the intervals of its real.json
     python tests/reproduce.py quantise --bits 4            # a model that went through 4-bit weights
 
-Each writes its numbers to <out>/<name>.json and prints them. Fine-tuning runs stay in <out>/tables
-and <out>/ablations, and what is already there is not made again: a stopped reproduction goes on.
-Two processes can share one <out> once its base is measured, with different --seeds; then run it
-once with all of them, for the table. (Their seconds are those of a shared machine.) `tables
---methods` without a name measures --model alone. With --model out/world, a world of
-data/make_tiny.py, its own questions are the default.
+Each prints its numbers, and all but the last four write them to <out>/<name>.json. Fine-tuning
+runs stay in <out>/tables and <out>/ablations, and what is already there is not made again: a
+stopped reproduction goes on. Two processes can share one <out> once its base is measured, with
+different --seeds; then run it once with all of them, for the table. (Their seconds are those of a
+shared machine.) `tables --methods` without a name measures --model alone. With --model out/world,
+a world of data/make_tiny.py, its own questions are the default.
 """
 
 import argparse
@@ -212,11 +212,16 @@ def check_settings(args, need_answer: bool) -> None:
     solved = sample.load_questions(args.solutions, "test") if args.solutions else []
     if not all(sample.is_text(row.get("solution")) for row in solved):
         raise sample.InputError(f'{args.solutions}: a line has no "solution"')
+    try:
+        re.compile(args.opening)
+    except re.error as error:
+        raise sample.InputError(f"--opening is no regular expression: {error}") from None
+    upft.parse_arguments(["--data", "tiny", *args.extra.split()])
     record = args.runs / "settings.json"
     names = ("model data eval_data eval_limit limit several solutions extra instruction "
              "max_new_tokens dtype seed").split()  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
-    if not record.exists():
+    if not list(args.runs.glob("*/*")):  # no run has begun: a model that could not be loaded
         record.parent.mkdir(parents=True, exist_ok=True)
         upft.write_json(record, settings)
     before = json.loads(record.read_text())
@@ -230,7 +235,6 @@ def base_of(args) -> dict:
     """The model before, measured once."""
     record = args.runs / "base" / "result.json"
     if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
         upft.write_json(record, measure(args, args.model, record.parent))
     return json.loads(record.read_text())
 
@@ -302,8 +306,8 @@ def compare(args, name: str, variants: dict) -> None:
         difference, low, high = with_interval(values[variant])
         shares = [opening(args, folder) for folder in folders[variant]]
         # A resumed run knows the seconds of its last part only.
-        whole = [r for r in results if not r["resumed"]] or results
-        mean = lambda key: float(np.mean([r[key] for r in whole]))
+        whole = [r for r in results if not r["resumed"]]
+        mean = lambda key, of: float(np.mean([r[key] for r in of])) if of else None
         rows.append({
             "variant": variant, "accuracy": float(np.mean(accuracies)), "seeds": accuracies,
             "sd": float(np.std(accuracies, ddof=1)) if len(results) > 1 else None,
@@ -311,8 +315,9 @@ def compare(args, name: str, variants: dict) -> None:
             "opening": float(np.mean(shares)), "openings": shares,
             "above": {other: with_interval(values[variant] - values[other])
                       for other in METHODS if other in values and other != variant},
-            **{key: mean(key) for key in ("sampled_tokens", "tuned_tokens", "processed_tokens",
-                                          "sampling_seconds", "training_seconds")},
+            **{key: mean(key, results) for key in ("sampled_tokens", "tuned_tokens",
+                                                   "processed_tokens")},
+            **{key: mean(key, whole) for key in ("sampling_seconds", "training_seconds")},
         })  # fmt: skip
     for row in rows:
         print(line(row))
@@ -349,8 +354,9 @@ def line(row: dict) -> str:
     if row["log_likelihood"] is not None:
         text += f"  log-likelihood {row['log_likelihood']:.4f}"
     if "difference" in row:
-        text += (f"  sampled {row['sampled_tokens']:,.0f}  tuned {row['tuned_tokens']:,.0f}  "
-                 f"{row['sampling_seconds']:.0f} + {row['training_seconds']:.0f} s")  # fmt: skip
+        text += f"  sampled {row['sampled_tokens']:,.0f}  tuned {row['tuned_tokens']:,.0f}"
+        if row["training_seconds"] is not None:
+            text += f"  {row['sampling_seconds']:.0f} + {row['training_seconds']:.0f} s"
     return text
 
 
@@ -371,8 +377,11 @@ def pooled(args):
 
     The worlds are independent, so their half-widths add in squares.
     """
-    worlds = [{r["variant"]: r for r in json.loads(Path(f).read_text())["rows"]}
-              for f in args.files]  # fmt: skip
+    try:
+        worlds = [{r["variant"]: r for r in json.loads(Path(f).read_text())["rows"]}
+                  for f in args.files]  # fmt: skip
+    except (KeyError, ValueError, TypeError):
+        raise sample.InputError("--files: one of them is no tables.json") from None
     if not worlds:
         raise sample.InputError("give --files: tables.json of several worlds")
 
@@ -393,14 +402,21 @@ def pooled(args):
 def real(args):
     """Runs of the real model, from <out>/real.json: accuracy, difference to the base, and means.
 
-    Then the differences between runs, and between means over seeds, taken for each question first:
-    those intervals hold the noise of the questions, not of seeds.
+    Then the differences between runs, and between means over seeds. Intervals hold the noise of
+    the questions; those of several seeds' gains also with theirs, as in the miniature's tables.
     """
     digits = lambda text: np.array([int(d) for d in text])
     kind = lambda name: name.rsplit(", seed", 1)[0]
     show = lambda name, *parts: print("{:<66}{:+5.1f} [{:+.1f}, {:+.1f}]".format(
         name, *(100 * x for x in parts)))  # fmt: skip
-    mean = lambda runs: np.mean(list(runs.values()), 0, keepdims=True)
+
+    def means(name, *runs):
+        """The last of `runs` (seeds, questions) minus the first, if there are two."""
+        one = [r.mean(0, keepdims=True) for r in runs]
+        show(name, *with_interval(one[-1] - one[0] if len(runs) > 1 else one[0]))
+        if len(runs) == 1:
+            show(f"{name}, with their noise", *with_interval(runs[0]))
+
     everywhere = {}
     for group, runs in json.loads((args.out / "real.json").read_text()).items():
         if group == "what":
@@ -421,12 +437,12 @@ def real(args):
                 show(f"  {b} - {a}", (other[b] - one[a]).mean(),
                      *evaluate.newcombe(base + one[a], base + other[b]))  # fmt: skip
             if len(one) + len(other) > 2:
-                show(f"  {kind(b)} - {kind(a)}, means over seeds",
-                     *with_interval(mean(other) - mean(one)))  # fmt: skip
+                means(f"  {kind(b)} - {kind(a)}, means over seeds",
+                      *(np.array(list(runs.values())) for runs in (one, other)))  # fmt: skip
     print("\nmeans over all seeds, each minus its own base")
     for (name, _), values in everywhere.items():
         if len(values) > 1:
-            show(f"{name}, {len(values)} seeds", *with_interval(mean(values)))
+            means(f"{name}, {len(values)} seeds", np.array(list(values.values())))
 
 
 def ablations(args):
@@ -606,6 +622,12 @@ def main(argv=None):
         own = Path(sample.user_path(args.model)) / f"{split}.jsonl"  # of a world
         default = "tiny" if args.model == "tiny" or not own.exists() else str(own)
         setattr(args, name, getattr(args, name) or default)
+    uses = {"limit": "tables ablations failure", "questions": "coverage rollouts",
+            "temperature": "coverage rollouts", "samples": "coverage rollouts",
+            "rollouts": "rollouts", "methods": "tables failure", "only": "ablations"}
+    for name, users in uses.items():
+        if getattr(args, name) != parser.get_default(name) and args.command not in users.split():
+            raise sample.InputError(f"--{name} has no effect on {args.command}")
     sample.fill_defaults(args)
     args.runs = args.out / args.command  # of fine-tuning
     args.samples = args.samples or (64 if args.command == "coverage" else 16)

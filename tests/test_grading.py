@@ -109,7 +109,7 @@ EQUAL = {
         ("x > 3", r"(3,\infty)"), (r"1 \le x < 4", "[1, 4)"), (r"x \leq 2", r"x \leqslant 2"),
         (r"x<-1 \text{ or } x>1", r"(-\infty,-1)\cup(1,\infty)"), (r"x \ne 3", r"x \neq 3"),
         (r"x \in [-2,7]", r"-2 \le x \le 7"), (r"g(x) \in [-80,82]", r"-80\leq g(x)\leq 82"),
-        (r"x \in (3,\infty)", "x > 3"),
+        (r"x \in (3,\infty)", "x > 3"), ("> 5", "x > 5"), (r"\ge 5", r"[5,\infty)"),
         (r"(x+1)^2", "x^2 + 2x + 1"), (r"\frac{1}{x} + \frac{1}{y}", r"\frac{x+y}{xy}"),
     ],
     "tuples, intervals, sets, lists": [
@@ -140,7 +140,8 @@ EQUAL = {
         ("October 30", r"\text{October 30}"), (r"\mathrm{yes}", "Yes"), (r"\text{C}", "C."),
         (r"$\text{A}$.", "A"),
         (r"\text{ellipse}", "an ellipse"), ("A and B", "B, A"),
-        (r"\text{B and E}", "B, E"), (r"\text{Option B}", "(B)"),
+        (r"\binom{8} {3}", r"\binom{8}{3}"), (r"\text{B and E}", "B, E"),
+        (r"\text{Option B}", "(B)"),
         ("Quadrant III", r"\text{Quadrant III}"), ("I, II, III", "III, II and I"),
     ],
     "bases": [("2516_8", "2516_{8}"), ("2516_8", "2516"), (r"1204_{\text{nine}}", "1204")],
@@ -177,6 +178,7 @@ DIFFERENT = [
     ("3:2", "2:3"), ("1:2:3", "1:2"), (r"\infty", r"-\infty"), (r"\emptyset", "0"),
     ("5 and 6", "5"), (r"\binom{12}{3}", r"\binom{1}{23}"), ("x < y", r"(-\infty, \infty)"),
     (r"x \in [-2,7]", r"-2 \le x < 7"), (r"x \in [-2,7]", r"-2 \le y \le 7"), ("18 a", "18"),
+    ("2b + a dollars", "2b"),
     ("3 million", "30"), (r"3 \cdot 10^6", "3"), (r"11\frac12", r"\frac{11}{2}"), ("2 1/2", "1"),
     ("1,200", "1.2"),
     ("x_1", "x_2"), ("x_1", "x"), ("f(x)=x", "f(x)=2x"), ("9^{9^{9}}", "9^{9^{8}}"),
@@ -281,6 +283,8 @@ EXTRACTED = [
     ("The answer is 18 (since 9 * 2 = 18).", "18"), ("The answer is 18 (9*2).", "18"),
     (r"\textbf{Answer:} 18", "18"), (r"\text{Answer: }\frac{1}{2}", "1/2"),
     ("The answer is [0, 1).", "[0,1)"), ("The answer is 2(9-4).", "10"),
+    ("Answer => 18", "18"), ("The answer is:\n1.\n\nCheck: 3 - 2 = 1, 5 - 3 = 2.", "1"),
+    (r"\textbf{Answer:} The length is $2\sqrt{3}$.", r"2\sqrt3"),
     ("Answer:\n1. She has 16 - 7 = 9 eggs.\n2. She makes 9 * 2 = $18.", "18"),
     ("The answer is approximately 3.14.", "3.14"), ("The answer is $x=3$ because y=2.", "3"),
     (r"The answer is \(\dfrac{7}{8}\) cups.", "7/8"), ("The answer is five.", "5"),
@@ -365,18 +369,19 @@ def test_grading_is_linear_and_never_hangs():
 
 
 def test_short_answers_cannot_blow_up():
-    tricky = ["1e999999999", "9^{9^{9^{9}}}", "2^{999999999}", "(" * 300 + "1" + ")" * 300,
-              "{" * 900, "(x+1)^{500}", "(a+b+c+d)" * 60, r"\sqrt{" * 90 + "2" + "}" * 90,
-              "9" * 999, "1/0", r"\frac{1}{0}", "0^{-1}", r"\sqrt[0]{2}", "x" * 900,
+    tricky = ["1e999999999", "9^{9^{9^{9}}}", "2^{999999999}", "(" * 299 + "1" + ")" * 299,
+              "{" * 600, "(x+1)^{500}", "(a+b+c+d)" * 60, r"\sqrt{" * 80 + "2" + "}" * 80,
+              "9" * 600, "1/0", r"\frac{1}{0}", "0^{-1}", r"\sqrt[0]{2}", "x" * 600,
               "^".join("9" * 99),
-              r"\sqrt{" + "9" * 800 + "7}", "--" * 400 + "1", ",".join("123456789" * 20),
-              "1" + "+1" * 400,
-              r"\pm" * 100, r"\frac" * 150, '"' * 500, "\x00", "__import__('os')", "lambda: 0",
-              r"\sqrt{" + "1234567891" * 70 + "}", "(" + "x+" * 400 + "1)^{9}", "1_" * 300,
+              r"\sqrt{" + "9" * 590 + "7}", "--" * 299 + "1", ",".join("123456789" * 20),
+              "1" + "+1" * 299, "> 5", "5 <", r"\ge 6", "Area > 7", "> 5 <", "x <",
+              r"\pm" * 100, r"\frac" * 120, '"' * 500, "\x00", "__import__('os')", "lambda: 0",
+              r"\sqrt{" + "1234567891" * 59 + "}", "(" + "x+" * 290 + "1)^{9}", "1_" * 300,
               ">, =, <", "+, =, -", "∈", "=", "1, =, 2",
-              "2^{" + "-" * 300 + "3}", "2^{" + "9*" * 400 + "9/7}",
-              "2^{" + "9/7+" * 200 + "1/0}", "7" + " " * 900 + "x", "7" + r"\quad" * 150 + "x",
-              "7" + " $" * 290 + "x", "{," * 299 + "}" * 299]
+              "2^{" + "-" * 300 + "3}", "2^{" + "9*" * 290 + "9/7}",
+              "2^{" + "9/7+" * 145 + "1/0}", "7" + " " * 590 + "x", "7" + r"\quad" * 119 + "x",
+              "7" + " $" * 290 + "x", "{," * 130 + "}" * 130]
+    assert max(map(len, tricky)) <= 600                  # longer ones are compared as they are
     for text in tricky:
         start = time.process_time()
         assert is_correct(text, text) or not re.search(r"\w", text)

@@ -292,7 +292,7 @@ def test_quantised_weights_are_refused(monkeypatch):
 
 
 def test_resume_refuses_other_settings(finished):
-    with pytest.raises(sample.InputError, match="--prefix differ"):
+    with pytest.raises(sample.InputError, match="--resume: prefix differ"):
         run_upft(finished[0], "--prefix", "4", "--resume")
 
 
@@ -308,14 +308,16 @@ def test_resume_refuses_other_weights_or_another_dtype(tmp_path, monkeypatch, st
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(upft, {"sampling": "stage_cost", "training": "train"}[stop_at], stopped)
         run_upft(tmp_path / "run", *world)
-    with pytest.raises(InputError, match="another dtype"):
+    settings = (tmp_path / "run" / "settings.json").read_text()
+    with pytest.raises(InputError, match="--resume: dtype and weights differ"):
         run_upft(tmp_path / "run", *world, "--resume", "--dtype", "bfloat16")
+    assert (tmp_path / "run" / "settings.json").read_text() == settings
     other, tokenizer = sample.load_model(model)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 1e-6
     other.save_pretrained(model)
-    with pytest.raises(InputError, match="other weights|another set of weights"):
+    with pytest.raises(InputError, match="--resume: dtype and weights differ"):
         run_upft(tmp_path / "run", *world, "--resume")
 
 

@@ -139,6 +139,9 @@ def test_the_real_runs_are_compared_with_their_own_base(reproduce, tmp_path, cap
     assert f"a, seed 0 75.0%+25.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in lines
     assert any(line.startswith("b, seed 0 - a, seed 0 +25.0 ") for line in lines)
     assert any(line.startswith("a, 2 seeds +12.5 ") for line in lines)
+    own, added = (next(line for line in lines if line.startswith(start)) for start in (
+        "a, 2 seeds +", "a, 2 seeds, with their noise +12.5 "))  # fmt: skip
+    assert float(added.split("[")[1].split(",")[0]) < float(own.split("[")[1].split(",")[0])
     runs["two"] |= {"a, seed 0": "1111" * 25, "b, seed 0": "1111" * 25}  # run again: counts once
     (tmp_path / "real.json").write_text(json.dumps(runs))
     reproduce.main(["real", "--out", str(tmp_path)])
@@ -156,11 +159,21 @@ def test_bad_input_is_told_before_any_work_and_nothing_is_noted_down(reproduce, 
         (["tables", "--data", str(solutions), "--methods", "rft"], 'no "answer"'),
         (["tables", "--solutions", str(solutions)], 'no "solution"'),
         (["coverage", "--questions", "0"], "--questions must be above 0"),
+        (["coverage", "--limit", "20"], "--limit has no effect on coverage"),
+        (["tables", "--samples", "4"], "--samples has no effect on tables"),
+        (["tables", "--opening", "("], "no regular expression"),
+        (["pooled", "--files", str(sample.DATA / "figures/coverage.json")], "no tables.json"),
         (["pooled"], "give --files"), (["figures"], "holds none of coverage.json"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=expected):
             reproduce.main([*flags, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_never_began_locks_nothing(reproduce, tmp_path):
+    for model in ("/no/such/model", "/nor/this"):
+        with pytest.raises(InputError, match="cannot load the model"):
+            reproduce.main(["tables", "--model", model, "--out", str(tmp_path)])
 
 
 def test_answers_to_other_questions_are_not_compared(reproduce, tmp_path):
