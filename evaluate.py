@@ -553,8 +553,8 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 def bootstrap_or(low: float, high: float, values: np.ndarray) -> tuple[float, float]:
     """Return bootstrap(values), but if all but a few values are alike no less than low .. high.
 
-    Resampling a few that are different says little: where only one of 30 questions was ever solved
-    it would end at three times what that one gives.
+    Resampling says little of what is rare: where one of 30 questions is sometimes solved, its upper
+    end lies far below that of wilson() where none ever is.
     """
     ends = bootstrap(values)
     few = len(values) - np.unique(values, return_counts=True)[1].max() < 10

@@ -649,7 +649,7 @@ def main(argv=None):
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if record.exists() else {
         k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
-    args.dtype_and_weights = sample.identity(model)
+    args.dtype_and_weights = sample.identity(model)  # goes to settings.json with the flags
     choose_folder(args)  # again: compare that, too; and another run may have begun there by now
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", vars(args))
@@ -659,7 +659,7 @@ def main(argv=None):
     rows = get_samples(model, tokenizer, questions, given, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)
-    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):
+    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):  # also what a killed run left
         (folder / name).unlink(missing_ok=True)
     if not held_out:
         return print("no --eval-data, so nothing was measured")
