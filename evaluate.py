@@ -571,14 +571,10 @@ def majority_is_correct(completions: list[dict]) -> bool:
 
     Answers that is_correct calls equal vote together; completions without an answer do not vote.
     """
-    votes = []                                          # [[completion, its equals ...], ...]
-    for completion in completions:
-        answer = completion["prediction"]
-        if same := next((v for v in votes if is_correct(answer, v[0]["prediction"])), None):
-            same.append(completion)
-        elif answer is not None:
-            votes.append([completion])
-    return bool(votes) and max(votes, key=len)[0]["correct"]
+    votes = []                              # for each completion the first that is equal to it
+    for c in [c for c in completions if c["prediction"] is not None]:
+        votes.append(next((v for v in votes if is_correct(c["prediction"], v["prediction"])), c))
+    return bool(votes) and max(votes, key=votes.count)["correct"]
 
 
 def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:
@@ -672,18 +668,31 @@ def read_predictions(path) -> list[dict]:
 
 def print_summary(rows: list[dict]) -> None:
     """Print accuracy and what explains it, over all questions and by level and subject."""
-    groups, summaries = {"all": rows}, {}
+    groups = {"all": rows}
     for row in rows:
         for key in row.keys() & {"level", "subject"}:
             groups.setdefault(f"{key} {row[key]}", []).append(row)
+    summaries = {name: summarize(group) for name, group in sorted(groups.items())}
+    print_table(summaries)
+    several = [f"{k} {100 * value:.1f} %" for k, value in summaries["all"].items() if "@" in k]
+    print("  ".join(several + [f"one question = {100 / len(rows):.2g} points"]))
+
+
+def print_table(summaries: dict) -> None:
+    """Print accuracy and what explains it, a line for each of {name: summarize(rows)}."""
     print(f"{'':<32}{'n':>6}  accuracy   95 % interval  tokens  cut off  no answer")
-    for name, group in sorted(groups.items()):
-        s = summaries[name] = summarize(group)
+    for name, s in summaries.items():
         s = s | {key: 100 * s[key] for key in ("accuracy", "low", "high", "cut_off", "no_answer")}
         print(f"{name:<32}{s['n']:>6}{s['accuracy']:>8.1f} %  {s['low']:5.1f} .. {s['high']:5.1f}"
               f"{s['mean_tokens']:>8.0f}{s['cut_off']:>7.1f} %{s['no_answer']:>9.1f} %")
-    several = [f"{k} {100 * value:.1f} %" for k, value in summaries["all"].items() if "@" in k]
-    print("  ".join(several + [f"one question = {100 / len(rows):.2g} points"]))
+
+
+def describe(paired: dict) -> str:
+    """Return what compare() found in words, and whether it is beyond noise."""
+    low, high = 100 * paired["low"], 100 * paired["high"]
+    noise = "beyond noise" if low > 0 or high < 0 else "within noise"
+    return (f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
+            f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}")
 
 
 def print_comparison(rows_a: list[dict], rows_b: list[dict]) -> None:
@@ -691,9 +700,7 @@ def print_comparison(rows_a: list[dict], rows_b: list[dict]) -> None:
     c, n = compare(rows_a, rows_b), len(rows_a)
     before, after = (100 * question_means(rows).mean() for rows in (rows_a, rows_b))
     print(f"{n} questions, one question = {100 / n:.2g} points\n"
-          f"accuracy {before:.1f} % -> {after:.1f} %: {100 * c['difference']:+.1f} points, 95 % "
-          f"interval {100 * c['low']:+.1f} .. {100 * c['high']:+.1f}, exact sign test p = "
-          f"{c['p']:.2g}")
+          f"accuracy {before:.1f} % -> {after:.1f} %: {describe(c)}")
     for name in ("won", "lost"):
         print(f"{name} {len(c[name])}: {' '.join(map(str, c[name]))}")
 

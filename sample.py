@@ -63,7 +63,8 @@ def run(main):
         if not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
             if not out_of_memory(error):
                 raise
-            error = "out of memory: lower --max-new-tokens, or take a smaller model"
+            error = ("out of memory: lower --micro-batch (training) or --max-new-tokens, and go on "
+                     "with --resume, or take a smaller model")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -78,11 +79,8 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
     out. check(row) returns what is wrong with a row, or None; with it the file must hold a row.
     """
     rows = []
-    try:
-        # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    # Split on \n only: str.splitlines would also cut at U+2028, which GSM8K contains.
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1] if torn_ok else lines, 1):
         if not line.strip():
             continue
@@ -101,12 +99,10 @@ def read_jsonl(path, torn_ok: bool = False, check=None) -> list[dict]:
 
 def write_jsonl(path, rows, indent=None) -> None:
     """Write all rows at once: to a temporary name first, so that `path` is never half a file."""
-    path = Path(path)
+    path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, indent=indent) + "\n" for row in rows)
-    os.replace(temporary, path)
+    temporary.write_text("".join(json.dumps(row, indent=indent) + "\n" for row in rows))
+    temporary.replace(path)
 
 
 def user_path(name) -> str:
@@ -150,17 +146,19 @@ def load_questions(name, split: str = "train", limit=None, need_answer=False) ->
 # ---- model and prompt ------------------------------------------------------------------------
 
 
-def choose_dtype(dtype: str, device: str, parameters: int) -> tuple[torch.dtype, str]:
+def choose_dtype(dtype: str, device: str, small: bool) -> tuple[torch.dtype, str]:
     """--dtype auto: bfloat16 wherever the processor is fast at it. Returns dtype and the reason."""
     if dtype != "auto":
         return getattr(torch, dtype), "as asked"
-    if parameters < 50e6:
+    if small:
         return torch.float32, "the model is small"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "this GPU is fast at it"
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # without one: bool() is False
-    if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names):
-        return torch.bfloat16, "this processor has instructions for it"
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = able.get("amx_tile") or able.get("avx512_bf16")
+    if fast:
+        return torch.bfloat16, f"this {device} has instructions for it"
     return torch.float32, f"no fast bfloat16 on this {device}"
 
 
@@ -181,22 +179,19 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
             raise InputError("it has no chat template; UPFT needs an instruction-tuned model")
         prompt_ids(tokenizer, "?")  # may fail: a template is a program
         end_of_turn(tokenizer)
+        chosen, why = choose_dtype(dtype, device, is_tiny(path))
+        # Read in this dtype. model.to(chosen) would round the rotary frequencies, buffers in
+        # float32, and positions would be off by a radian after 1,000; and buffers that were made in
+        # bfloat16, such as Gemma's scale of embeddings, would stay rounded.
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", output_loading_info=True)
+            path, dtype=chosen, output_loading_info=True)
         if info["missing_keys"]:  # the library would go on with random ones
             raise InputError(f"its files lack weights: {sorted(info['missing_keys'])[0]}, ...")
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         if set(kinds) - {f"{kind}_attention" for kind in ("full", "sliding", "chunked")}:
             raise InputError("some of its layers keep a state that is not keys and values")
-        if any(p.element_size() < 2 for p in model.parameters()):
+        if hasattr(model, "hf_quantizer"):
             raise InputError("its weights are quantised; take a model whose weights are not")
-        chosen, why = choose_dtype(dtype, device, model.num_parameters())
-        if model.dtype != chosen:
-            # Read again, not model.to(chosen): that would round the rotary frequencies, buffers in
-            # float32, and positions would be off by a radian after 1,000. And buffers that were
-            # made in bfloat16, such as Gemma's scale of embeddings, would stay rounded.
-            del model
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen)
         for parameter in model.parameters():  # some that the library keeps in float32
             parameter.data = parameter.data.to(chosen)
         model = model.to(device)
@@ -325,22 +320,15 @@ class KVLayer(DynamicLayer):
         """Columns in use; the library reads it to build the attention mask."""
         return self.length
 
-    def join(self, others, width: int) -> None:
-        """Put the rows of other layers, read apart, under these; all end in column `width`."""
-        layers = (self, *others)
-        self.keys = torch.cat([F.pad(x.keys, (0, 0, width - x.length, 0)) for x in layers])
-        self.values = torch.cat([F.pad(x.values, (0, 0, width - x.length, 0)) for x in layers])
+    def lay_out(self, pieces, source: torch.Tensor, width: int, new: int) -> None:
+        """Take the rows of layers that were read apart, one under the other, all ending in column
+        `width`; then row i becomes a copy of row source[i], for samples of one prompt continue from
+        one prefill. `new` columns for the tokens to come are zero: a captured step reads and masks
+        them."""
+        pad = lambda states, x: F.pad(states, (0, 0, width - x.length, new))
+        self.keys = torch.cat([pad(x.keys, x) for x in pieces])[source]
+        self.values = torch.cat([pad(x.values, x) for x in pieces])[source]
         self.length = width
-
-    def spread(self, source: torch.Tensor, pad: int, new: int) -> None:
-        """Row i becomes a copy of row source[i]: samples of one prompt continue from one prefill.
-
-        pad: columns that are put before the others, and have to be masked. new: columns behind
-        them, for the tokens to come (zero, for a captured step reads and masks them).
-        """
-        self.keys, self.values = (F.pad(b[source], (0, 0, pad, new))
-                                  for b in (self.keys, self.values))
-        self.length += pad
 
 
 def next_logits(model, ids, mask, position, cache) -> torch.Tensor:
@@ -377,7 +365,7 @@ class CapturedStep:
     def __init__(self, model, cache, mask: torch.Tensor):
         """mask: (rows, columns), 1 where a token is real or to come."""
         rows, columns = mask.shape
-        self.model, self.cache, self.graph = model, cache, None
+        self.model, self.cache, self.graph = model, cache, torch.cuda.CUDAGraph()
         self.ids, self.position = mask.new_zeros(rows, 1), mask.new_zeros(rows, 1)
         self.column = mask.new_full((1,), columns - 1)
         # The graph reads these wherever they were when it was made: they have to outlive it.
@@ -388,10 +376,8 @@ class CapturedStep:
         # A first call sets up what must not happen while capturing. What it writes into the last
         # column does no harm: the last token of a response is never read.
         self.step()
-        if model.device.type == "cuda":
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.step()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step()
 
     def step(self) -> torch.Tensor:
         """The logits (rows, V) that follow what the buffers hold."""
@@ -403,13 +389,11 @@ class CapturedStep:
     def __call__(self, tokens, position, column: int) -> torch.Tensor:
         """Read tokens (rows,) at `position` (rows,) into the cache's `column`.
 
-        Returns the logits (rows, V): on a GPU one buffer, which the next call overwrites.
+        Returns the logits (rows, V): one buffer, which the next call overwrites.
         """
         self.ids.copy_(tokens[:, None])
         self.position.copy_(position[:, None])
         self.column.fill_(column)
-        if self.graph is None:  # a test on a CPU
-            return self.step()
         self.graph.replay()
         return self.logits
 
@@ -504,14 +488,13 @@ def left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def prefill(model, prompts):
-    """Read B prompts, longest first; returns the next logits (B, V), the cache, the mask (B, T).
+def prefill(model, prompts, source: torch.Tensor, width: int, new: int):
+    """Read B prompts, each once; returns the next logits (S, V) of S sequences, and their cache.
 
-    Prompts are read a few at a time: on a CPU the work then stays in its caches (1.4 times as fast
-    as 64 at once with a model of 135M), on a GPU there is less padding. Decoding wants all rows
-    together.
+    Sequence s continues prompt source[s]. In the cache all prompts end in column `width`, and `new`
+    columns follow. Prompts are read a few at a time: on a CPU the work then stays in its caches
+    (1.4 times as fast as 64 at once with a model of 135M), on a GPU there is less padding.
     """
-    mask = left_pad(prompts)[1].to(model.device)
     limit = PREFILL_TOKENS[model.device.type]
     logits, caches, at = [], [], 0
     while at < len(prompts):
@@ -523,10 +506,9 @@ def prefill(model, prompts):
         at += len(rows)
     if not caches[0].layers:
         raise InputError(f"{type(model).__name__} keeps no keys and values")
-    if len(caches) > 1:
-        for layer, *others in zip(*(cache.layers for cache in caches)):
-            layer.join(others, mask.shape[1])
-    return torch.cat(logits), caches[0], mask
+    for pieces in zip(*(cache.layers for cache in caches)):
+        pieces[0].lay_out(pieces, source, width, new)
+    return torch.cat(logits)[source], caches[0]
 
 
 def leave(finished: set[int], rows: int, cache, state) -> list[torch.Tensor]:
@@ -556,15 +538,13 @@ def decode(model, prompts, counts, uniforms, *, max_new_tokens, temperature, top
     has drawn one of eos_ids leaves the batch: a live one takes its row, at once or, with a CUDA
     graph, when half of the rows are done.
     """
-    logits, cache, mask = prefill(model, prompts)
     source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
     # Where no row is padded there is nothing to mask, and then the library chooses a kernel
     # (enable_gqa) that takes a CPU up to seven times as long: so there is a masked column.
     pad = int(model.device.type == "cpu")
-    for layer in cache.layers:
-        layer.spread(source, pad, max_new_tokens)
-    logits, mask = logits[source], F.pad(mask[source], (pad, 0))
+    mask = F.pad(left_pad(prompts)[1].to(model.device)[source], (pad, 0))
     position, width = mask.sum(-1), mask.shape[1]  # position (rows,): of the next token
+    logits, cache = prefill(model, prompts, source, width, max_new_tokens)
     mask = F.pad(mask, (0, max_new_tokens), value=1)
     alive = torch.arange(len(source))  # the sequence that each row of the batch belongs to
     uniforms = torch.tensor(uniforms, device=model.device)
@@ -650,9 +630,6 @@ def generate(model, prompts, *, max_new_tokens, temperature=0.0, top_p=1.0, n=1,
         while jobs:
             longest = len(prompts[jobs[0][0]]) + max_new_tokens
             size = max(1, budget // longest)
-            # Cut between prompts only, unless the first one alone fills the batch.
-            while size < len(jobs) and jobs[size - 1][0] == jobs[size][0] != jobs[0][0]:
-                size -= 1
             batch, rest = jobs[:size], jobs[size:]
             counts = Counter(i for i, _ in batch)  # in order: decode's sequence s is batch[s]
             drawn = [[] for _ in batch]

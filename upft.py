@@ -17,7 +17,7 @@ import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import disk_usage, which
+from shutil import disk_usage, rmtree, which
 
 import numpy as np
 import torch
@@ -65,10 +65,9 @@ def collect(model, tokenizer, questions, args, folder: Path) -> tuple[list[dict]
     stops = sample.stop_ids(model, tokenizer)
     prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction) for q in questions]
     part, started = folder / "samples.jsonl.part", time.perf_counter()
-    # Whether an answer is right shows only at its end.
-    wanted = ["full"] * len(kinds) if args.label_filter else kinds
     for kind, limit in (("prefix", args.prefix), ("full", args.max_new_tokens)):
-        keys = [i for i, k in enumerate(wanted) if k == kind]
+        # With a filter all are whole: whether an answer is right shows only at its end.
+        keys = [i for i, k in enumerate(kinds) if kind == ("full" if args.label_filter else k)]
         # It returns all that the file holds: after the second pass, both kinds. (Their settings
         # are those of the run, which --resume compares.)
         drawn = sample.generate_to(
@@ -104,40 +103,38 @@ def completion_text(row: dict) -> str | None:
 def check_sample(row: dict) -> str | None:
     """What is wrong with a line of --samples-from, or None."""
     ids = row.get("response_ids")
-    usable = completion_text(row) if "response_ids" not in row else (  # else made here
-        {"prompt_ids", "kind", "finished"} <= set(row) and isinstance(ids, list) and ids
-        and all(isinstance(i, int) and i >= 0 for i in ids))
+    usable = completion_text(row) if ids is None else (
+        isinstance(ids, list) and ids and all(isinstance(i, int) and i >= 0 for i in ids))
     if not sample.is_text(row.get("question")) or not usable:
-        return 'needs "question" and "completion", or the fields of samples.jsonl'
-    if not isinstance(row.get("finished", True), bool):
-        return f'"finished" is {row["finished"]!r}, not true or false'
+        return 'needs "question", and "completion" or "response_ids"'
     if row.get("kind", "full") not in ("prefix", "full"):
         return f'"kind" is {row["kind"]!r}, not "prefix" or "full"'
+    if not isinstance(row.get("finished", True), bool):
+        return f'"finished" is {row["finished"]!r}, not true or false'
 
 
-def read_samples(tokenizer, args) -> list[dict]:
+def read_samples(model, tokenizer, args) -> list[dict]:
     """Rows of samples.jsonl from --samples-from: this script's own, or responses made elsewhere.
 
-    A line from elsewhere holds "question" and "completion" (text, or messages as TRL has them).
-    Without "kind" it is a whole response, which is cut to --prefix tokens but for the share
-    --structure; a "prefix" is cut as well, and "full" stays. A whole response ends its turn unless
-    it says "finished": false, a "prefix" only if it says true. Lines that hold ids stay unchanged.
+    A line holds "question" and "response_ids", or "completion" (text, or messages as TRL has
+    them). Without "kind" it is a whole response, which is cut to --prefix tokens but for the share
+    --structure; a "prefix" is cut as well, and "full" stays. The ids of a text end the turn, unless
+    it says "finished": false or is a "prefix" that does not say true; given ids stay as they are.
     """
     rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
-    end, made = sample.end_of_turn(tokenizer), []
+    end, stops, made = sample.end_of_turn(tokenizer), sample.stop_ids(model, tokenizer), []
     for row, kind in zip(rows, choose_kinds(len(rows), args.structure, args.seed)):
-        ids, made_here = row.get("response_ids"), "response_ids" in row
-        if not made_here:
+        ids, kind = row.get("response_ids"), row.get("kind", kind)
+        if not ids:
             ids = tokenizer(completion_text(row), add_special_tokens=False).input_ids
             if ids[-1:] != [end] and row.get("finished", row.get("kind") != "prefix"):
                 ids.append(end)
-        new = training_row(tokenizer, row, ids, row.get("kind", kind), {end}, args)
-        if made_here and (any(row[k] != new[k] for k in ("prompt_ids", "response_ids"))
-                          or max(ids) >= len(tokenizer)
-                          or row["kind"] == "prefix" and args.method != "upft"):
+        made.append(training_row(tokenizer, row, ids, kind, stops, args))
+        asked = made[-1]["prompt_ids"]
+        if (row.get("prompt_ids", asked) != asked or max(ids) >= len(tokenizer)
+                or kind == "prefix" and args.method != "upft"):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
-                             "--method, --prefix, --instruction and --template give")
-        made.append(row if made_here else new)
+                             "--method, --instruction and --template give")
     return made
 
 
@@ -267,8 +264,8 @@ class SplitAdamW:
         # Elements per call: float32 copies stay in a CPU's caches, and small on a GPU.
         self.update, self.chunk = split_adamw, (1 << 18 if device == "cpu" else 1 << 24)
         header = Path(sysconfig.get_path("include"), "Python.h")  # Triton compiles C code
-        if (device == "cuda" and find_spec("triton") and header.exists()
-                and (which("gcc") or which("clang"))):
+        if (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                and find_spec("triton") and header.exists() and (which("gcc") or which("clang"))):
             # One kernel instead of twenty, and no copies: 7.6e9 weights in 0.05 s, not in 0.54.
             self.update, self.chunk = torch.compile(split_adamw, dynamic=True), 1 << 40
 
@@ -345,7 +342,6 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     warmup = max(1, math.ceil(args.warmup * len(plan)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = (SplitAdamW if model.dtype == torch.bfloat16 else Float32AdamW)(parameters)
-    torch.manual_seed(args.seed)  # for models with dropout
     losses = load_checkpoint(folder, model, optimizer) if args.resume else []
     model.train()
     if args.checkpointing:
@@ -355,6 +351,7 @@ def train(model, examples: list[dict], args, folder: Path) -> list[float]:
     done_tokens, started = 0, time.perf_counter()
     for step in bar:
         batch = [examples[i] for i in plan[step]]
+        torch.manual_seed(args.seed + step)  # for models with dropout; so a resumed run has it, too
         loss = backward(model, batch, args.micro_batch, args.weighting)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -384,8 +381,7 @@ def enable_checkpointing(model) -> None:
     if not model.supports_gradient_checkpointing:
         raise InputError(f"{type(model).__name__} cannot recompute activations: give "
                          "--no-checkpointing, and this run's folder with --out and --resume")
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 @torch.no_grad()
@@ -400,8 +396,7 @@ def check_head(model, ids: list[int]) -> None:
 
 def save_checkpoint(folder: Path, model, optimizer, losses) -> None:
     """Everything that training needs to go on; replaces the one before only when complete."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses,
-             "random": torch.get_rng_state()}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
     try:
         torch.save(state, folder / "checkpoint.pt.tmp")
     except RuntimeError as error:  # what torch makes of a full disk
@@ -414,10 +409,11 @@ def load_checkpoint(folder: Path, model, optimizer) -> list[float]:
     """Restore the last checkpoint, if there is one; returns the losses of the steps done."""
     if not (folder / "checkpoint.pt").exists():
         return []
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu")
+    # Not all 8 bytes a parameter in memory at once. (On a CPU the optimiser would keep the map.)
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu",
+                       mmap=model.device.type == "cuda")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
     return state["losses"]
 
 
@@ -469,30 +465,23 @@ def parse_arguments(argv=None):
     if args.method != "upft":
         args.structure = 1.0  # SFT and RFT are full traces and nothing else
     args.label_filter |= args.method == "rft"  # RFT: the filter on full traces
-    check_arguments(args)
+    if args.data is None and not args.samples_from:
+        raise InputError("--data is needed with --model: a prepared set or a JSONL file")
+    if args.label_filter and (args.samples_from or args.method == "sft"):
+        raise InputError("--label-filter (or rft) goes neither with --samples-from, whose samples "
+                         "are taken as they are, nor with sft: that would be rft")
     prepared = args.data == "tiny" or (sample.DATA / f"{args.data}_test.jsonl").exists()
     if args.eval_data is None and prepared:
         args.eval_data = args.data
     return args
 
 
-def check_arguments(args) -> None:
-    """InputError for a flag that makes no sense, before any work."""
-    if args.data is None and not args.samples_from:
-        raise InputError("--data is needed with --model: a prepared set or a JSONL file")
-    if args.label_filter and args.method == "sft":
-        raise InputError("--label-filter with --method sft is --method rft: ask for that")
-    if args.samples_from and args.label_filter:
-        raise InputError("--samples-from takes samples as they are: filter them before")
-
-
 def choose_folder(args) -> Path:
     """The run's folder; InputError if it is in use, or if a resumed run has other settings."""
     name = f"{args.method}-t{args.prefix}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.out or f"out/{name}-{os.getpid()}")
-    holds_run = (folder / "settings.json").exists()
     if args.resume:
-        if not holds_run:
+        if not (folder / "settings.json").exists():
             raise InputError(f"no run in {folder}: --resume needs --out, a stopped run's folder")
         before = json.loads((folder / "settings.json").read_text())
         # These may change between parts of a run: its result does not, beyond rounding.
@@ -502,8 +491,7 @@ def choose_folder(args) -> Path:
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is in use: give another --out"
-                         + ", or --resume it" * holds_run)
+        raise InputError(f"{folder} is in use: give another --out, or --resume it")
     return folder
 
 
@@ -546,18 +534,13 @@ def get_tuned(model, tokenizer, rows, args, folder: Path, metrics: dict):
     if (folder / "model").exists():
         return sample.load_model((folder / "model").resolve(), args.device, args.dtype)[0]
     examples = make_examples(rows, sample.end_of_turn(tokenizer), args.eos)
+    rmtree(folder / "model.tmp", ignore_errors=True)  # what a killed run may have left
+    (folder / "checkpoint.pt.tmp").unlink(missing_ok=True)
     if disk_usage(folder).free < sum(p.nbytes for p in model.parameters()):
         raise InputError(f"no room on the disk for the tuned model: make some, then --out {folder} "
                          "--resume")
     started = time.perf_counter()
-    try:
-        losses = train(model, examples, args, folder)
-    except RuntimeError as error:
-        if not sample.out_of_memory(error):
-            raise
-        raise InputError(f"training ran out of memory: lower --micro-batch (now "
-                         f"{args.micro_batch}; at 1, take a smaller model), then --out {folder} "
-                         "--resume") from None
+    losses = train(model, examples, args, folder)
     processed = args.epochs * sum(map(length, examples))
     metrics |= stage_cost("training", started, processed, model, args) | {
         "examples": len(examples), "full_examples": sum(e["kind"] == "full" for e in examples),
@@ -595,10 +578,7 @@ def measure(name, model, tokenizer, held_out, args, folder: Path, metrics: dict)
 
 def verdict(base: dict, tuned: dict, paired: dict) -> str:
     """What the comparison says, in words: beyond noise or not, and whether the model collapsed."""
-    low, high = 100 * paired["low"], 100 * paired["high"]
-    noise = "beyond noise" if low > 0 or high < 0 else "within noise"
-    text = (f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
-            f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}")
+    text = evaluate.describe(paired)
     better = tuned["accuracy"] > base["accuracy"]
     if not better and tuned["mean_tokens"] < 0.5 * base["mean_tokens"]:
         text += (f"\nCOLLAPSE: answers have shrunk from {base['mean_tokens']:.0f} to "
@@ -608,23 +588,17 @@ def verdict(base: dict, tuned: dict, paired: dict) -> str:
     return text
 
 
-def table(metrics: dict) -> str:
-    """The run in one small table."""
-    both = metrics["base"], metrics["tuned"]
-    percent = lambda name: [f"{100 * m[name]:.1f} %" for m in both]
-    rows = [("", "base", "tuned"), ("accuracy", *percent("accuracy")),
-            ("95 % interval", *(f"{100 * m['low']:.1f} .. {100 * m['high']:.1f}" for m in both)),
-            ("mean answer tokens", *(f"{m['mean_tokens']:.0f}" for m in both)),
-            ("cut off", *percent("cut_off")), ("without an answer", *percent("no_answer"))]
-    return "\n".join([
-        *(f"{a:<20}{b:>16}{c:>16}" for a, b, c in rows),
-        verdict(*both, metrics["paired"]),
-        "{sampled_tokens:,} sampled tokens, {tuned_tokens:,} tuned tokens in {examples:,} examples "
-        "({full_examples} full traces, {full_cut_off} cut off; {dropped_questions} questions "
-        "dropped)\nseconds: sampling {sampling_seconds:.1f}, training {training_seconds:.1f}, "
-        "evaluation {evaluation:.1f}".format(**metrics, evaluation=(
-            metrics["base_evaluation_seconds"] + metrics["tuned_evaluation_seconds"])),
-    ]) + (" (a resumed run: of the last part only)" if metrics["resumed"] else "")
+def print_results(metrics: dict) -> None:
+    """Print the run in one small table."""
+    print()
+    evaluate.print_table({name: metrics[name] for name in ("base", "tuned")})
+    print(verdict(metrics["base"], metrics["tuned"], metrics["paired"]))
+    print("{sampled_tokens:,} sampled tokens, {tuned_tokens:,} tuned tokens in {examples:,} "
+          "examples ({full_examples} full traces, {full_cut_off} cut off; {dropped_questions} "
+          "questions dropped)\nseconds: sampling {sampling_seconds:.1f}, training "
+          "{training_seconds:.1f}, evaluation {base_evaluation_seconds:.1f} + "
+          "{tuned_evaluation_seconds:.1f}".format(**metrics)
+          + " (a resumed run: of the last part only)" * metrics["resumed"])
 
 
 def main(argv=None):
@@ -636,22 +610,20 @@ def main(argv=None):
     folder = choose_folder(args)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
-    suffix = SUFFIX if args.template and args.method == "upft" else ""
     for asked, added, new_tokens in (
             (questions, "", args.max_new_tokens),  # as sampled
             (held_out or [], "", args.max_new_tokens),  # as graded
-            (questions, suffix, args.prefix + args.eos)):  # as trained on
+            (questions, SUFFIX if args.template else "", args.prefix + args.eos)):  # as trained on
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, added)
                    for q in asked]
         sample.check_length(model, prompts, new_tokens)
-    given = read_samples(tokenizer, args) if args.samples_from else []
+    given = read_samples(model, tokenizer, args) if args.samples_from else []
     sample.check_length(model, [row["prompt_ids"] + row["response_ids"] for row in given], 0)
     record = folder / "metrics.json"
     metrics = json.loads(record.read_text()) if record.exists() else {
         k: getattr(args, k) for k in ("method", "prefix", "structure", "seed", "model")}
     args.dtype_and_weights = sample.identity(model)  # goes to settings.json with the flags
     choose_folder(args)  # again: compare that, too; and another run may have begun there by now
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", vars(args))
     print(f"run folder: {folder}", flush=True)
     if "paired" not in metrics:  # the run is not over
@@ -659,14 +631,13 @@ def main(argv=None):
     rows = get_samples(model, tokenizer, questions, given, args, folder, metrics)
     before = held_out and measure("base", model, tokenizer, held_out, args, folder, metrics)
     model = get_tuned(model, tokenizer, rows, args, folder, metrics)
-    for name in ("checkpoint.pt", "checkpoint.pt.tmp"):  # also what a killed run left
-        (folder / name).unlink(missing_ok=True)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     if not held_out:
         return print("no --eval-data, so nothing was measured")
     after = measure("tuned", model, tokenizer, held_out, args, folder, metrics)
     metrics["paired"] = evaluate.compare(before, after)
     write_json(record, metrics)
-    print("\n" + table(metrics))
+    print_results(metrics)
 
 
 if __name__ == "__main__":

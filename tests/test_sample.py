@@ -1,5 +1,6 @@
 """The sampling loop against the library's own generate, and against the distribution it claims."""
 
+import contextlib
 import copy
 import re
 import warnings
@@ -90,6 +91,20 @@ def test_batch_of_many_equals_one_by_one_even_when_rows_leave():
     assert any(len(s) < 25 for row in whole for s in row)
 
 
+def without_a_graph(monkeypatch):
+    """A CapturedStep that computes its step again, where a GPU would replay it."""
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+
+    class Step(sample.CapturedStep):
+        def __call__(self, *step):
+            super().__call__(*step)
+            return self.step()
+
+    return Step
+
+
 CAPTURED = ["llama", "qwen2", "qwen3", "gemma"]
 WAYS = [dict(), dict(temperature=0.9, n=3), dict(temperature=0.9, max_new_tokens=1)]
 
@@ -99,7 +114,7 @@ def test_a_captured_step_gives_the_same_tokens(family, monkeypatch):
     """All of a GPU's path but the graph itself: fixed buffers, one mask, half empty batches."""
     model, prompts, steps = small_model(family), ragged_prompts(9), []
 
-    class Watched(sample.CapturedStep):
+    class Watched(without_a_graph(monkeypatch)):
         """A graph would go on with the addresses that it was made with."""
 
         def __init__(self, model, cache, mask):
@@ -217,20 +232,21 @@ def test_norms_are_fused_on_a_gpu_only():
     assert fused == (model.device.type == "cuda")
 
 
-def test_a_captured_step_gives_the_same_logits_in_bfloat16():
+def test_a_captured_step_gives_the_same_logits_in_bfloat16(monkeypatch):
     """Here on a CPU without a graph: mask, cache and fused norms are those of the graph."""
+    Step = without_a_graph(monkeypatch)
     model, prompts = small_model("qwen2").bfloat16(), ragged_prompts(6)
     sample.fuse_norms(model)
     steps = []
     with torch.inference_mode():
         for captured in (False, True):
-            logits, cache, mask = sample.prefill(model, prompts)
-            tokens, position, columns = logits.argmax(-1), mask.sum(-1), mask.shape[1]
+            mask = sample.left_pad(prompts)[1]
+            columns = mask.shape[1]
+            logits, cache = sample.prefill(model, prompts, torch.arange(6), columns, 3)
+            tokens, position = logits.argmax(-1), mask.sum(-1)
             mask = torch.nn.functional.pad(mask, (0, 3), value=1)
-            for layer in cache.layers:
-                layer.spread(torch.arange(len(prompts)), 0, 3)
             if captured:
-                steps.append(sample.CapturedStep(model, cache, mask)(tokens, position, columns))
+                steps.append(Step(model, cache, mask)(tokens, position, columns))
             else:
                 steps.append(sample.next_logits(model, tokens[:, None], mask[:, : columns + 1],
                                                 position[:, None], cache))
@@ -360,9 +376,10 @@ def test_prompts_read_in_pieces_and_in_any_order_give_the_same_samples(monkeypat
     pieces = [shape for shape in calls if shape[1] > 1]
     assert len(pieces) > 3 and all(rows == 1 or rows * width <= 30 for rows, width in pieces)
     shuffled = prompts[::-1]  # decode() is not told to sort
-    logits = sample.prefill(model, shuffled)[0]
+    read = lambda: sample.prefill(model, shuffled, torch.arange(9), max(map(len, prompts)), 1)[0]
+    logits = read()
     monkeypatch.setitem(sample.PREFILL_TOKENS, "cpu", 10**6)
-    torch.testing.assert_close(logits, sample.prefill(model, shuffled)[0])
+    torch.testing.assert_close(logits, read())
 
 
 def test_samples_of_one_prompt_always_have_something_to_mask(monkeypatch):
