@@ -131,7 +131,7 @@ def read_samples(model, tokenizer, args) -> list[dict]:
                 ids.append(end)
         made.append(training_row(tokenizer, row, ids, kind, stops, args))
         asked = made[-1]["prompt_ids"]
-        if (row.get("prompt_ids", asked) != asked or max(ids) >= len(tokenizer)
+        if (row.get("prompt_ids", asked) != asked or max(ids, default=0) >= len(tokenizer)
                 or kind == "prefix" and args.method != "upft"):
             raise InputError(f"{args.samples_from}: its ids are not those that this model, "
                              "--method, --instruction and --template give")
