@@ -692,7 +692,7 @@ def describe(paired: dict) -> str:
     low, high = 100 * paired["low"], 100 * paired["high"]
     noise = "beyond noise" if low > 0 or high < 0 else "within noise"
     return (f"difference {100 * paired['difference']:+.1f} points, 95 % interval "
-            f"[{low:+.1f}, {high:+.1f}], exact McNemar p = {paired['p']:.2g}: {noise}")
+            f"[{low:+.1f}, {high:+.1f}], exact sign test p = {paired['p']:.2g}: {noise}")
 
 
 def print_comparison(rows_a: list[dict], rows_b: list[dict]) -> None:

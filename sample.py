@@ -63,8 +63,8 @@ def run(main):
         if not isinstance(error, (InputError, OSError)):  # OSError: a full disk, no permission
             if not out_of_memory(error):
                 raise
-            error = ("out of memory: lower --micro-batch (training) or --max-new-tokens, and go on "
-                     "with --resume, or take a smaller model")
+            error = ("out of memory: lower --micro-batch (training; then --out FOLDER --resume), "
+                     "begin anew with a lower --max-new-tokens, or take a smaller model")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

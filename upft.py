@@ -119,7 +119,7 @@ def read_samples(model, tokenizer, args) -> list[dict]:
     A line holds "question" and "response_ids", or "completion" (text, or messages as TRL has
     them). Without "kind" it is a whole response, which is cut to --prefix tokens but for the share
     --structure; a "prefix" is cut as well, and "full" stays. The ids of a text end the turn, unless
-    it says "finished": false or is a "prefix" that does not say true; given ids stay as they are.
+    it says "finished": false or is a "prefix" that does not say true; to given ids none is added.
     """
     rows = read_jsonl(args.samples_from, check=check_sample)[: args.limit]
     end, stops, made = sample.end_of_turn(tokenizer), sample.stop_ids(model, tokenizer), []
@@ -133,8 +133,8 @@ def read_samples(model, tokenizer, args) -> list[dict]:
         asked = made[-1]["prompt_ids"]
         if (row.get("prompt_ids", asked) != asked or max(ids, default=0) >= len(tokenizer)
                 or kind == "prefix" and args.method != "upft"):
-            raise InputError(f"{args.samples_from}: its ids are not those that this model, "
-                             "--method, --instruction and --template give")
+            raise InputError(f"{args.samples_from}: its ids or kinds are not those that "
+                             "this model, --method, --instruction and --template give")
     return made
 
 
@@ -436,7 +436,7 @@ def parse_arguments(argv=None):
     flag("--samples", type=int, default=16, help="per question, for rft or the filter")
     flag("--label-filter", action="store_true", help="UPFT on samples that are right")
     flag("--samples-from", type=sample.user_path,
-         help="train on the samples of this JSONL file (lines with ids stay as they are)")
+         help="train on the samples of this JSONL file (prefixes are cut to --prefix)")
     flag("--template", action=yes_no, default=True,
          help="end the user turn of a prefix example with the paper's task template")
     flag("--eos", action=yes_no, default=False, help="end a prefix with an end of turn")
@@ -491,7 +491,8 @@ def choose_folder(args) -> Path:
         if changed:
             raise InputError(f"--resume: {', '.join(changed)} differ from the run in {folder}")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is in use: give another --out, or --resume it")
+        raise InputError(f"{folder} is in use: give another --out"
+                         + ", or --resume it" * (folder / "settings.json").exists())
     return folder
 
 
@@ -610,10 +611,11 @@ def main(argv=None):
     folder = choose_folder(args)
     model, tokenizer = sample.load_model(args.model, args.device, args.dtype)
     check_head(model, sample.prompt_ids(tokenizer, "What is 1 + 1?"))
+    suffix = SUFFIX if args.template and args.method == "upft" else ""
     for asked, added, new_tokens in (
             (questions, "", args.max_new_tokens),  # as sampled
             (held_out or [], "", args.max_new_tokens),  # as graded
-            (questions, SUFFIX if args.template else "", args.prefix + args.eos)):  # as trained on
+            (questions, suffix, args.prefix + args.eos)):  # as trained on
         prompts = [sample.prompt_ids(tokenizer, q["question"], args.instruction, added)
                    for q in asked]
         sample.check_length(model, prompts, new_tokens)

@@ -624,13 +624,13 @@ def test_samples_from_trains_on_what_was_made_elsewhere(tmp_path, finished, caps
     with pytest.raises(InputError, match="""line 1: "finished" is 'yes'"""):
         run_upft(tmp_path / "bad", "--samples-from", str(file))
     row = read_jsonl(ours)[0]
-    with pytest.raises(InputError, match="its ids are not those"):
+    with pytest.raises(InputError, match="its ids or kinds are not those"):
         run_upft(tmp_path / "bad", "--samples-from", str(ours), "--method", "sft")
-    for ids, told in ((5, "needs"), ([1.5], "needs"), ([10**6], "its ids are not those")):
+    for ids, told in ((5, "needs"), ([1.5], "needs"), ([10**6], "its ids or kinds are not")):
         file.write_text(json.dumps(row | {"response_ids": ids}))
         with pytest.raises(InputError, match=told):
             run_upft(tmp_path / "bad", "--samples-from", str(file))
-    with pytest.raises(InputError, match="its ids are not those"):
+    with pytest.raises(InputError, match="its ids or kinds are not those"):
         run_upft(tmp_path / "bad", "--samples-from", str(ours), "--no-template")
     assert not (tmp_path / "bad").exists()
 
