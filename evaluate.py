@@ -574,7 +574,7 @@ def majority_is_correct(completions: list[dict]) -> bool:
     votes = []                              # for each completion the first that is equal to it
     for c in [c for c in completions if c["prediction"] is not None]:
         votes.append(next((v for v in votes if is_correct(c["prediction"], v["prediction"])), c))
-    return bool(votes) and max(votes, key=votes.count)["correct"]
+    return bool(votes) and max(votes, key=lambda v: sum(v is w for w in votes))["correct"]
 
 
 def compare(rows_a: list[dict], rows_b: list[dict]) -> dict:

@@ -190,7 +190,7 @@ def load_model(name, device: str = "auto", dtype: str = "auto"):
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
         if set(kinds) - {f"{kind}_attention" for kind in ("full", "sliding", "chunked")}:
             raise InputError("some of its layers keep a state that is not keys and values")
-        if hasattr(model, "hf_quantizer"):
+        if hasattr(model, "hf_quantizer") or any("scale" in k for k in info["unexpected_keys"]):
             raise InputError("its weights are quantised; take a model whose weights are not")
         for parameter in model.parameters():  # some that the library keeps in float32
             parameter.data = parameter.data.to(chosen)

@@ -132,6 +132,7 @@ def test_majority_vote():
     assert vote("6", "5", "5.0", "6", "10/2")            # equal answers vote together
     assert vote("5", "6") and not vote("6", "5")         # a tie: the one that came first
     assert vote(None, None, None, "5") and not vote(None, None)
+    assert vote("?", "?", "5", "5.0")                    # no answer, so not equal to another such
     # "10%" equals both, but has one vote: it must not collect those of two different answers.
     answers = "0.1", "0.1", "0.1", "10%", "10"
     assert not evaluate.majority_is_correct([completion(a in ("10%", "10"), a) for a in answers])

@@ -13,6 +13,7 @@ import tokenize
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GraniteConfig
 
 import sample
@@ -280,12 +281,22 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case, tmp_path, monkeypatch
     assert case.startswith("diverging") or not made  # told before any work
 
 
-def test_quantised_weights_are_refused(monkeypatch):
-    """What they are, and so what could be trained, only their quantiser knows."""
-    model, _ = sample.load_model("tiny")
+def test_quantised_weights_are_refused(tmp_path, monkeypatch):
+    """Cast without the scales that lie beside them they would be garbage, without any error."""
+    folder = tiny_without(tmp_path, "")
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    name, weight = next((k, v) for k, v in model.state_dict().items() if "up_proj" in k)
+    scale = weight.abs().max() / 448
+    stored = model.state_dict() | {name: (weight / scale).to(torch.float8_e4m3fn),
+                                   f"{name}_scale_inv": scale.reshape(1, 1)}
+    save_file({k: v.contiguous() for k, v in stored.items() if k != "lm_head.weight"},
+              f"{folder}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="its weights are quantised"):
+        sample.load_model(folder)
+    # Packed in buffers, not parameters: only the library's quantiser tells.
     model.hf_quantizer = "as the library sets it"
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained",
-                        lambda *_, **__: (model, {"missing_keys": set()}))
+                        lambda *_, **__: (model, {"missing_keys": [], "unexpected_keys": []}))
     with pytest.raises(InputError, match="its weights are quantised"):
         sample.load_model("tiny")
 
